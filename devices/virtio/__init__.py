@@ -1,0 +1,1 @@
+"""virtio 1.x devices: the split queue, the PCI transport, and a file per device type."""

@@ -1,0 +1,3 @@
+"""vmrun: a microVM runner for Linux/KVM."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""One machine: its configuration, the board that wires it together, vCPU threads, lifecycle."""
