@@ -1,0 +1,35 @@
+"""The guest-physical map of a machine: where RAM, the PCI windows, ports and tables lie. VMM process; no code, only facts.
+
+RAM runs from 0 to at most PCI_HOLE_START and goes on at 4 GiB, as on a PC.
+"""
+
+# Guest-physical addresses.
+EBDA_START = 0x9FC00  # extended BIOS data area: the MP floating pointer goes here, where kernels look first
+LOW_RAM_END = EBDA_START
+ACPI_START = 0xE0000  # RSDP and the other ACPI tables, in the area that kernels scan for it
+HIGH_RAM_START = 0x100000
+PCI_HOLE_START = 0xC0000000
+PCI_MMIO_START = 0xC0000000  # memory BARs
+PCI_MMIO_END = 0xE0000000
+PCI_ECAM_START = 0xE0000000  # enhanced configuration access: bus 0 only, 1 MiB
+PCI_ECAM_SIZE = 1 << 20
+IOAPIC_ADDRESS = 0xFEC00000
+LAPIC_ADDRESS = 0xFEE00000
+KVM_IDENTITY_MAP = 0xFFFBC000  # one page for KVM's real-mode identity map (VMX without unrestricted guest)
+KVM_TSS = 0xFFFBD000  # three pages, likewise
+FOUR_GIB = 1 << 32
+
+# I/O ports.
+PCI_CONFIG_ADDRESS_PORT = 0xCF8
+PCI_PIO_START = 0xC000  # I/O BARs
+PCI_PIO_END = 0x10000
+CMOS_PORT = 0x70
+I8042_PORT = 0x60
+SERIAL_PORT = 0x3F8
+SERIAL_IRQ = 4
+DEBUG_EXIT_PORT = 0x501  # a write of v ends the machine with code v
+ACPI_PM_PORT = 0x600  # PM1a event (4 bytes), PM1a control (2 bytes at +4), PM timer (4 bytes at +8)
+ACPI_SCI_IRQ = 9
+BOOT_MARK_PORT = 0x80  # POST codes; the boot benchmark reads them as milestones
+
+IOAPIC_PINS = 24
