@@ -1,7 +1,8 @@
-"""PIO and MMIO address spaces: an access finds its device. VMM process; read by vCPU threads, changed by any of them.
+"""PIO and MMIO address spaces: an access finds its device. VMM process; read by vCPU threads, changed by any
+of them.
 
-A device sees offsets into its range, never addresses. Ranges do not overlap. Lookups take no lock: the table is an
-immutable snapshot that `insert` and `remove` replace as a whole.
+A device sees offsets into its range, never addresses. Ranges do not overlap. Lookups take no lock: the table
+is an immutable snapshot that `insert` and `remove` replace as a whole.
 """
 
 import threading
@@ -33,7 +34,9 @@ class Bus:
             ranges = list(self._table[1])
             for start, end, _ in ranges:
                 if base < end and start < base + size:
-                    raise ValueError(f"{self.name} range {base:#x}+{size:#x} overlaps {start:#x}-{end - 1:#x}")
+                    raise ValueError(
+                        f"{self.name} range {base:#x}+{size:#x} overlaps {start:#x}-{end - 1:#x}"
+                    )
             ranges.append((base, base + size, device))
             ranges.sort(key=lambda entry: entry[0])
             self._table = ([entry[0] for entry in ranges], ranges)

@@ -1,8 +1,8 @@
 """Guest memory: guest-physical address -> bounds-checked memoryview. Used by the VMM and by every worker.
 
-RAM is one or more regions of memfds, each mapped MAP_SHARED. A device only ever touches it through `view`, the one
-place where an address the guest chose is checked. Python's slices clamp at the end instead of failing, so nobody
-else may slice a region.
+RAM is one or more regions of memfds, each mapped MAP_SHARED. A device only ever touches it through `view`,
+the one place where an address the guest chose is checked. Python's slices clamp at the end instead of
+failing, so nobody else may slice a region.
 """
 
 import mmap
@@ -14,7 +14,9 @@ PAGE_SIZE = 4096
 
 
 class MemoryRegion:
-    """A run of guest-physical addresses backed by `size` bytes of `fd` from `offset`. Owns its mapping, not the fd."""
+    """A run of guest-physical addresses backed by `size` bytes of `fd` from `offset`. Owns its mapping, not
+    the fd.
+    """
 
     __slots__ = ("fd", "gpa", "mapping", "offset", "size", "view")
 
@@ -49,18 +51,24 @@ class GuestMemory:
                 raise ValueError(f"memory regions overlap at {upper.gpa:#x}")
 
     def view(self, gpa: int, size: int) -> memoryview:
-        """The `size` bytes at guest-physical `gpa`, writable and live: the guest may change them at any moment.
+        """The `size` bytes at guest-physical `gpa`, writable and live: the guest may change them at any
+        moment.
 
         Raises GuestError when any of it is not RAM (the PCI hole, past the end, across two regions).
         """
+        found = self.find(gpa, size)
+        if found is None:
+            raise GuestError(f"guest address {gpa:#x}+{size:#x} is not RAM")
+        return found
+
+    def find(self, gpa: int, size: int) -> memoryview | None:
+        """As `view`, but None where any of it is not RAM."""
         for region in self.regions:
             start = gpa - region.gpa
             if 0 <= start < region.size:
                 end = start + size
-                if size < 0 or end > region.size:
-                    break
-                return region.view[start:end]
-        raise GuestError(f"guest address {gpa:#x}+{size:#x} is not RAM")
+                return region.view[start:end] if size >= 0 and end <= region.size else None
+        return None
 
     def read(self, gpa: int, size: int) -> bytes:
         """A private copy: what a check must be made on."""

@@ -1,4 +1,5 @@
-"""What every virtio device offers its transport, and the facts both sides share (virtio 1.2, chapters 2 and 5).
+"""What every virtio device offers its transport, and the facts both sides share (virtio 1.2, chapters 2 and
+5).
 
 VMM process. A device here may do its work in this process (rng) or stand for one that lives in a worker
 (`devices.vhost.frontend`): the transport cannot tell.
@@ -48,7 +49,9 @@ class QueueEvents(Protocol):
         """The eventfd that is signalled when the guest notifies `queue`."""
 
     def call_fd(self, queue: int) -> int:
-        """The eventfd to signal when `queue` has used buffers: an MSI-X vector's, or the INTx one; -1 for none."""
+        """The eventfd to signal when `queue` has used buffers: an MSI-X vector's, or the INTx one; -1 for
+        none.
+        """
 
     def config_changed(self) -> None:
         """Tell the guest that the device configuration changed."""
@@ -58,7 +61,9 @@ class QueueEvents(Protocol):
 
 
 class VirtioDevice(Protocol):
-    """A device behind a transport. The transport calls these with its lock held, one at a time, from vCPU threads."""
+    """A device behind a transport. The transport calls these with its lock held, one at a time, from vCPU
+    threads.
+    """
 
     device_id: int
     queue_sizes: tuple[int, ...]  # largest size of each queue, powers of two
@@ -70,7 +75,9 @@ class VirtioDevice(Protocol):
     def write_config(self, offset: int, data: bytes) -> None: ...
 
     def activate(self, features: int, queues: list[QueueConfig], events: QueueEvents) -> None:
-        """DRIVER_OK was set: serve `queues` (those the driver enabled). Raises GuestError for rings that cannot be."""
+        """DRIVER_OK was set: serve `queues` (those the driver enabled). Raises GuestError for rings that
+        cannot be.
+        """
 
     def set_call(self, queue: int, fd: int) -> None:
         """The driver moved `queue` to another interrupt while active: signal `fd` from now on (-1: none)."""

@@ -1,9 +1,9 @@
 """KVM's kernel ABI on x86-64: structs in C order, constants and ioctl numbers, all under the kernel's names.
 
-Source: include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h (Linux 6.1). Nothing here is computed beyond the
-ioctl encoding of asm-generic/ioctl.h; a test compares every size, offset and number with the installed headers.
-ctypes' native layout is the kernel's, as these structs are padded explicitly. Mind that ctypes integer fields wrap
-silently: a value that comes from a guest is checked before it is stored here.
+Source: include/uapi/linux/kvm.h and arch/x86/include/uapi/asm/kvm.h (Linux 6.1). Nothing here is computed
+beyond the ioctl encoding of asm-generic/ioctl.h; a test compares every size, offset and number with the
+installed headers. ctypes' native layout is the kernel's, as these structs are padded explicitly. Mind that
+ctypes integer fields wrap silently: a value that comes from a guest is checked before it is stored here.
 """
 
 import ctypes
@@ -11,14 +11,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    u8 = u16 = u32 = u64 = s32 = s64 = int
+    u8 = int
+    u16 = int
+    u32 = int
+    u64 = int
+    s32 = int
     bytes_ = ctypes.Array[ctypes.c_uint8]
     words = ctypes.Array[ctypes.c_uint16]
     longs = ctypes.Array[ctypes.c_uint32]
     quads = ctypes.Array[ctypes.c_uint64]
 else:
     u8, u16, u32, u64 = ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64
-    s32, s64 = ctypes.c_int32, ctypes.c_int64
+    s32 = ctypes.c_int32
 
 _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 
@@ -26,9 +30,15 @@ _Struct = TypeVar("_Struct", bound=ctypes.Structure)
 def abi(size: int, **arrays: int) -> Callable[[type[_Struct]], type[_Struct]]:
     """Make `_fields_` of a class's annotations and check that it is `size` bytes, as in C.
 
-    `arrays` gives the length of each array field, whose annotation names its element (`quads`) for the type checker.
+    `arrays` gives the length of each array field, whose annotation names its element (`quads`) for the type
+    checker.
     """
-    elements = {"bytes_": ctypes.c_uint8, "words": ctypes.c_uint16, "longs": ctypes.c_uint32, "quads": ctypes.c_uint64}
+    elements = {
+        "bytes_": ctypes.c_uint8,
+        "words": ctypes.c_uint16,
+        "longs": ctypes.c_uint32,
+        "quads": ctypes.c_uint64,
+    }
 
     def decorate(struct: type[_Struct]) -> type[_Struct]:
         struct._fields_ = [
@@ -199,7 +209,9 @@ class kvm_msr_filter_range(ctypes.Structure):
 
 @abi(392, ranges=48)
 class kvm_msr_filter(ctypes.Structure):
-    """`ranges` is the kernel's array of 16 `kvm_msr_filter_range`, spelled as numbers: copy one in with memmove."""
+    """`ranges` is the kernel's array of 16 `kvm_msr_filter_range`, spelled as numbers: copy one in with
+    memmove.
+    """
 
     __slots__ = ()
     flags: u32
@@ -337,7 +349,9 @@ class kvm_pit_config(ctypes.Structure):
 
 @abi(112, channels=72, reserved=9)
 class kvm_pit_state2(ctypes.Structure):
-    """`channels` is the kernel's array of three `kvm_pit_channel_state`, kept as bytes: saved and restored, not read."""
+    """`channels` is the kernel's array of three `kvm_pit_channel_state`, kept as bytes: saved and restored,
+    not read.
+    """
 
     __slots__ = ()
     channels: "bytes_"

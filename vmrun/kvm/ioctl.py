@@ -1,8 +1,8 @@
 """ioctl(2) as KVM needs it: through ctypes, because `fcntl.ioctl` cannot carry every KVM call.
 
-`fcntl.ioctl` takes its integer argument as a signed C int (KVM_SET_TSS_ADDR does not fit), and from Python 3.14 on
-retries EINTR by itself, which would swallow the very signal that is meant to stop KVM_RUN. `ctypes.CDLL` lets go of
-the GIL during the call, so vCPU threads run guests in parallel.
+`fcntl.ioctl` takes its integer argument as a signed C int (KVM_SET_TSS_ADDR does not fit), and from Python
+3.14 on retries EINTR by itself, which would swallow the very signal that is meant to stop KVM_RUN.
+`ctypes.CDLL` lets go of the GIL during the call, so vCPU threads run guests in parallel.
 """
 
 import ctypes

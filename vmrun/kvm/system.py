@@ -1,4 +1,6 @@
-"""/dev/kvm: what this kernel's KVM can do, and how machines are made. Documentation/virt/kvm/api.rst, "System ioctls"."""
+"""/dev/kvm: what this kernel's KVM can do, and how machines are made. Documentation/virt/kvm/api.rst, "System
+ioctls".
+"""
 
 import ctypes
 import errno
@@ -51,5 +53,7 @@ class System:
     def __enter__(self) -> "System":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -1,7 +1,8 @@
 """A virtual processor: running it, and its registers. Documentation/virt/kvm/api.rst, "vcpu ioctls".
 
-One thread runs a vCPU. Another stops it by setting `header.immediate_exit` and then sending that thread a signal
-(whose handler does nothing): the flag covers the moment just before the guest is entered, the signal the guest itself.
+One thread runs a vCPU. Another stops it by setting `header.immediate_exit` and then sending that thread a
+signal (whose handler does nothing): the flag covers the moment just before the guest is entered, the signal
+the guest itself.
 """
 
 import ctypes
@@ -15,9 +16,10 @@ from vmrun.kvm import abi
 from vmrun.kvm.ioctl import ioctl, raw_ioctl
 
 
-
 class Vcpu:
-    """Owns the vCPU's descriptor and the mapping of `struct kvm_run`, whose parts are attributes: `header` and one per exit."""
+    """Owns the vCPU's descriptor and the mapping of `struct kvm_run`, whose parts are attributes: `header`
+    and one per exit.
+    """
 
     def __init__(self, fd: int, mmap_size: int) -> None:
         self.fd = fd
@@ -153,7 +155,9 @@ class Vcpu:
     def __enter__(self) -> "Vcpu":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

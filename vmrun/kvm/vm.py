@@ -1,4 +1,6 @@
-"""A virtual machine: memory slots, interrupt controllers, eventfds. Documentation/virt/kvm/api.rst, "VM ioctls"."""
+"""A virtual machine: memory slots, interrupt controllers, eventfds. Documentation/virt/kvm/api.rst, "VM
+ioctls".
+"""
 
 import ctypes
 import os
@@ -28,7 +30,8 @@ def msi_route(gsi: int, address: int, data: int) -> abi.kvm_irq_routing_entry:
 
 
 def default_routes() -> list[abi.kvm_irq_routing_entry]:
-    """What KVM_CREATE_IRQCHIP sets up: inputs 0 to 15 reach both PICs and the IOAPIC, 16 to 23 only the IOAPIC.
+    """What KVM_CREATE_IRQCHIP sets up: inputs 0 to 15 reach both PICs and the IOAPIC, 16 to 23 only the
+    IOAPIC.
 
     As on a PC, the timer's line 0 of the PIC is pin 2 of the IOAPIC; KVM's own default does the same.
     """
@@ -60,7 +63,9 @@ class Vm:
         ioctl(self.fd, abi.KVM_ENABLE_CAP, ctypes.byref(request), f"KVM_ENABLE_CAP {capability}")
 
     def set_memory(self, slot: int, gpa: int, size: int, address: int, flags: int = 0) -> None:
-        """Let `size` bytes of our memory at `address` be guest memory at `gpa`. All page-aligned; size 0 removes `slot`."""
+        """Let `size` bytes of our memory at `address` be guest memory at `gpa`. All page-aligned; size 0
+        removes `slot`.
+        """
         region = abi.kvm_userspace_memory_region(
             slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=address
         )
@@ -72,7 +77,12 @@ class Vm:
 
     def set_identity_map_address(self, gpa: int) -> None:
         """One page below 4 GiB, likewise. Before the first vCPU."""
-        ioctl(self.fd, abi.KVM_SET_IDENTITY_MAP_ADDR, ctypes.byref(ctypes.c_uint64(gpa)), "KVM_SET_IDENTITY_MAP_ADDR")
+        ioctl(
+            self.fd,
+            abi.KVM_SET_IDENTITY_MAP_ADDR,
+            ctypes.byref(ctypes.c_uint64(gpa)),
+            "KVM_SET_IDENTITY_MAP_ADDR",
+        )
 
     def create_irqchip(self) -> None:
         """PICs, IOAPIC and local APICs in the kernel. Before the first vCPU."""
@@ -112,14 +122,18 @@ class Vm:
         ioctl(self.fd, abi.KVM_SET_GSI_ROUTING, buffer, "KVM_SET_GSI_ROUTING")
 
     def irqfd(self, fd: int, gsi: int, *, assign: bool = True) -> None:
-        """Raise `gsi` whenever eventfd `fd` is written. A signal that already waits in `fd` is delivered on assignment."""
+        """Raise `gsi` whenever eventfd `fd` is written. A signal that already waits in `fd` is delivered on
+        assignment.
+        """
         request = abi.kvm_irqfd(fd=fd, gsi=gsi, flags=0 if assign else abi.KVM_IRQFD_FLAG_DEASSIGN)
         ioctl(self.fd, abi.KVM_IRQFD, ctypes.byref(request), "KVM_IRQFD")
 
     def ioeventfd(
         self, fd: int, address: int, size: int, *, pio: bool, value: int | None = None, assign: bool = True
     ) -> None:
-        """Signal eventfd `fd` when the guest writes `size` bytes (0: any) at `address`; with `value`, only that value."""
+        """Signal eventfd `fd` when the guest writes `size` bytes (0: any) at `address`; with `value`, only
+        that value.
+        """
         flags = 0 if assign else abi.KVM_IOEVENTFD_FLAG_DEASSIGN
         if pio:
             flags |= abi.KVM_IOEVENTFD_FLAG_PIO
@@ -153,5 +167,7 @@ class Vm:
     def __enter__(self) -> "Vm":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

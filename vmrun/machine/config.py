@@ -1,4 +1,6 @@
-"""What a machine is made of, as frozen dataclasses: checked once, here, then believed everywhere. VMM process."""
+"""What a machine is made of, as frozen dataclasses: checked once, here, then believed everywhere. VMM
+process.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +12,22 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class DiskConfig:
-    """One virtio-blk disk. `format` is "raw" or "qcow2", stated or taken from the suffix: never probed."""
+    """One virtio-blk disk. `format` is "raw" or "qcow2", stated or taken from the suffix: never probed.
+
+    `serial` is what the guest reads as the disk's identity: at most 20 printable ASCII characters.
+    """
 
     path: Path
     format: str
     read_only: bool = False
+    serial: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class NicConfig:
-    """One virtio-net card on tap `tap`. `address` is given to the host's end ("172.16.0.1/24"); a MAC is 6 bytes."""
+    """One virtio-net card on tap `tap`. `address` is given to the host's end ("172.16.0.1/24"); a MAC is 6
+    bytes.
+    """
 
     tap: str
     mac: bytes | None = None
@@ -28,7 +36,7 @@ class NicConfig:
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """`memory` is in bytes. `kernel` None means the guest kit's."""
+    """`memory` is in bytes. `kernel` None means the guest kit's. `name` stands in messages."""
 
     memory: int = 128 * MIB
     cpus: int = 1
@@ -37,6 +45,8 @@ class MachineConfig:
     cmdline: str | None = None
     disks: tuple[DiskConfig, ...] = field(default=())
     nics: tuple[NicConfig, ...] = field(default=())
+    name: str = "vm"
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.cpus <= 64:

@@ -1,0 +1,245 @@
+"""The device side of a split virtqueue (virtio 1.2, section 2.7), with indirect descriptors. Runs in workers
+and in the VMM.
+
+The rings are the guest's memory: it may write anything there, at any moment, also from another vCPU between
+two of our reads. So every value is read once into a private number and checked before use; our own positions
+live here and are never read back from the ring. Whatever the guest does, `pop` ends in a chain, in None, or
+in GuestError.
+
+Not offered: VIRTIO_F_EVENT_IDX (the driver's avail.flags decide about interrupts), and the device never
+suppresses kicks, so a driver always kicks after it adds buffers. Loads and stores below rely on x86 ordering:
+see devices/fence.py.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from devices.errors import GuestError
+from devices.fence import full_fence
+from devices.memory import GuestMemory
+
+MAX_SIZE = 32768
+
+VIRTQ_DESC_F_NEXT = 1
+VIRTQ_DESC_F_WRITE = 2
+VIRTQ_DESC_F_INDIRECT = 4
+VRING_AVAIL_F_NO_INTERRUPT = 1
+
+# Linux checks a chain in an indirect table against what the device announces (seg_max), not against the size
+# of a queue that it may have made smaller. As QEMU does, such chains may be this long in any queue; it is
+# also the kernel's IOV_MAX.
+MAX_INDIRECT = 1024
+
+_DESCRIPTOR = Struct("<QIHH")  # address, length, flags, next
+_DESCRIPTOR_SIZE = 16
+_MAX_TOTAL = 1 << 32
+
+
+class Chain:
+    """One request: the buffers that start at descriptor `head`, the readable ones first, as the driver laid
+    them out.
+
+    The memoryviews lie in guest memory: the guest may change the bytes while we look. Sizes are totals in
+    bytes. Views are never empty; a chain may have no readable or no writable buffer. Drop it before the
+    queue's memory is unmapped.
+    """
+
+    __slots__ = ("head", "readable", "readable_size", "writable", "writable_size")
+
+    def __init__(
+        self,
+        head: int,
+        readable: list[memoryview],
+        writable: list[memoryview],
+        readable_size: int,
+        writable_size: int,
+    ) -> None:
+        self.head = head
+        self.readable = readable
+        self.writable = writable
+        self.readable_size = readable_size
+        self.writable_size = writable_size
+
+
+class SplitQueue:
+    """One ring pair. Not thread-safe: one thread pops and pushes (different queues may have different
+    threads).
+
+    `next_avail` and `next_used` are ring positions modulo 65536; `in_flight` is the set of heads popped and
+    not pushed.
+    """
+
+    __slots__ = (
+        "_available",
+        "_descriptors",
+        "_indirect",
+        "_mask",
+        "_memory",
+        "_used",
+        "_used_elements",
+        "in_flight",
+        "index",
+        "next_avail",
+        "next_used",
+        "size",
+    )
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        index: int,
+        size: int,
+        descriptors: int,
+        available: int,
+        used: int,
+        *,
+        next_avail: int = 0,
+        next_used: int = 0,
+        indirect: bool = True,
+    ) -> None:
+        """Queue `index` of a device: `size` entries, with the three parts at these guest-physical addresses.
+
+        Raises GuestError when the size is not a power of two in 1..32768, or a part is misaligned or not all
+        in RAM; ValueError when a position is not in 0..65535. `indirect`: VIRTIO_F_INDIRECT_DESC was
+        negotiated.
+        """
+        if not 1 <= size <= MAX_SIZE or size & (size - 1):
+            raise GuestError(f"queue {index}: size {size} is not a power of two up to {MAX_SIZE}")
+        # Alignment is more than form: a store across two cache lines can be seen half done by the driver.
+        for name, address, alignment in (
+            ("descriptor table", descriptors, 16),
+            ("available ring", available, 2),
+            ("used ring", used, 4),
+        ):
+            if address % alignment:
+                raise GuestError(f"queue {index}: {name} at {address:#x} is not aligned to {alignment} bytes")
+        if not 0 <= next_avail <= 0xFFFF or not 0 <= next_used <= 0xFFFF:
+            raise ValueError(f"queue {index}: positions {next_avail}, {next_used} are not 16-bit")
+        self.index = index
+        self.size = size
+        self.next_avail = next_avail
+        self.next_used = next_used
+        self.in_flight: set[int] = set()
+        self._mask = size - 1
+        self._indirect = indirect
+        self._memory = memory
+        self._descriptors = memory.view(descriptors, _DESCRIPTOR_SIZE * size)
+        # Without event indices nobody touches the 16-bit event field that ends either ring.
+        self._available = memory.view(available, 4 + 2 * size).cast("H")  # flags, idx, ring[size]
+        self._used = memory.view(used, 4).cast("H")  # flags, idx
+        self._used_elements = memory.view(used + 4, 8 * size).cast("I")  # id, len, id, len, ...
+
+    def pop(self) -> Chain | None:
+        """The next available chain, or None when there is none. Each chain popped must be pushed exactly
+        once.
+
+        Raises GuestError when the ring, a descriptor or an address makes no sense; the queue then stays where
+        it is, and the device needs a reset.
+        """
+        position = self.next_avail
+        waiting = (self._available[1] - position) & 0xFFFF
+        if not waiting:
+            return None
+        if waiting > self.size:
+            raise GuestError(f"queue {self.index}: available index jumped ahead by {waiting}")
+        head = self._available[2 + (position & self._mask)]
+        if head >= self.size:
+            raise GuestError(f"queue {self.index}: head {head} is past the end of the queue")
+        if head in self.in_flight:
+            raise GuestError(f"queue {self.index}: head {head} was made available again while in use")
+        chain = self._walk(head)
+        self.next_avail = (position + 1) & 0xFFFF
+        self.in_flight.add(head)
+        return chain
+
+    def _walk(self, head: int) -> Chain:
+        view = self._memory.view
+        unpack = _DESCRIPTOR.unpack_from
+        table = self._descriptors
+        entries = remaining = self.size
+        readable: list[memoryview] = []
+        writable: list[memoryview] = []
+        readable_size = writable_size = 0
+        index = head
+        while True:
+            # A private copy: the guest may change the descriptor after any check.
+            address, length, flags, following = unpack(table, index * _DESCRIPTOR_SIZE)
+            remaining -= 1
+            if remaining < -1000000:
+                raise GuestError(f"queue {self.index}: the chain at {head} loops or is too long")
+            if flags & VIRTQ_DESC_F_INDIRECT:
+                if table is not self._descriptors:
+                    raise GuestError(f"queue {self.index}: indirect table inside an indirect table")
+                table = self._indirect_table(address, length, flags)
+                entries = remaining = length // _DESCRIPTOR_SIZE
+                index = 0
+                continue
+            # The specification does not forbid a length of zero, and drivers were seen to send it. Such a
+            # descriptor names no byte, so its address does not matter, and nobody downstream should meet an
+            # empty buffer.
+            if flags & VIRTQ_DESC_F_WRITE:
+                if length:
+                    writable.append(view(address, length))
+                    writable_size += length
+            elif length:
+                if writable:
+                    raise GuestError(f"queue {self.index}: a readable buffer after a writable one")
+                readable.append(view(address, length))
+                readable_size += length
+            if not flags & VIRTQ_DESC_F_NEXT:
+                break
+            if following >= entries:
+                raise GuestError(f"queue {self.index}: next descriptor {following} is past the end")
+            index = following
+        if readable_size + writable_size > _MAX_TOTAL:
+            raise GuestError(f"queue {self.index}: the chain at {head} is longer than 4 GiB")
+        return Chain(head, readable, writable, readable_size, writable_size)
+
+    def _indirect_table(self, address: int, length: int, flags: int) -> memoryview:
+        if not self._indirect:
+            raise GuestError(f"queue {self.index}: indirect descriptor, which was not negotiated")
+        if flags & VIRTQ_DESC_F_NEXT:
+            raise GuestError(f"queue {self.index}: a descriptor after the indirect one")
+        if not length or length % _DESCRIPTOR_SIZE:
+            raise GuestError(f"queue {self.index}: indirect table of {length} bytes")
+        if length // _DESCRIPTOR_SIZE > max(self.size, MAX_INDIRECT):
+            raise GuestError(f"queue {self.index}: indirect table of {length} bytes is too long")
+        return self._memory.view(address, length)
+
+    def push(self, head: int, written: int) -> None:
+        """Give the chain at `head` back; `written` bytes of its writable part were filled, counted from its
+        start.
+
+        In any order of heads. Raises ValueError for a head that is not in flight or a length of more than 32
+        bits.
+        """
+        if head not in self.in_flight:
+            raise ValueError(f"queue {self.index}: head {head} is not in flight")
+        position = self.next_used
+        slot = 2 * (position & self._mask)
+        self._used_elements[slot + 1] = written
+        self._used_elements[slot] = head
+        self.in_flight.remove(head)
+        position = (position + 1) & 0xFFFF
+        self.next_used = position
+        # The element is visible before the index that covers it: stores stay in order.
+        self._used[1] = position
+
+    def interrupt_wanted(self) -> bool:
+        """Whether the driver wants to hear of what was pushed. Ask after the last push of a batch, then
+        signal the call fd.
+
+        The driver clears NO_INTERRUPT and then looks at used.idx again; we wrote used.idx and look at the
+        flag now. The fence sees to it that at least one of the two notices.
+        """
+        full_fence()
+        return not self._available[0] & VRING_AVAIL_F_NO_INTERRUPT
+
+    def release(self) -> None:
+        """Let go of guest memory; the queue is of no use afterwards. Chains still held keep their own
+        views."""
+        self._descriptors.release()
+        self._available.release()
+        self._used.release()
+        self._used_elements.release()

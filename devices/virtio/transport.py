@@ -1,0 +1,344 @@
+"""virtio over PCI: what driver and device share, whichever register layout is used. VMM process.
+
+virtio 1.2, section 2.1 (status), 2.2 (features), 3.1 (initialization) and 4.1.5 (PCI-specific operation). The
+layouts, `devices.virtio.modern` and later a legacy one beside it, translate register accesses into calls of
+`VirtioPciFunction`.
+
+Locks. `lock`, the function's RLock, covers the state machine and every call into the device. A reset holds it
+until the device's rings are quiet, which may take milliseconds and wait for a worker process. `_signal_lock`
+is a leaf below it: ISR, the INTx pin, the status byte. What others than the driver call at any moment takes
+the leaf only, or no lock at all: the INTx callback on the main loop's thread, reads of ISR, and all of
+QueueEvents, which a device may call from its own threads. So neither the main loop nor a thread of the device
+ever waits for `lock`, and a reset that waits for either of them cannot deadlock. Nothing but eventfd writes
+and the board's line is called with the leaf held.
+"""
+
+import logging
+import os
+import threading
+from dataclasses import dataclass
+
+from devices.board import Board
+from devices.errors import GuestError
+from devices.pci.bars import BarKind
+from devices.pci.function import PciFunction
+from devices.pci.msix import MsiX
+from devices.virtio.device import (
+    DEVICE_NEEDS_RESET,
+    DRIVER_OK,
+    FEATURES_OK,
+    VIRTIO_F_VERSION_1,
+    VIRTIO_ID_BLOCK,
+    VIRTIO_ID_CONSOLE,
+    VIRTIO_ID_ENTROPY,
+    VIRTIO_ID_NET,
+    VIRTIO_ID_SCSI,
+    QueueConfig,
+    VirtioDevice,
+)
+from devices.virtio.modern import ModernRegisters
+
+logger = logging.getLogger(__name__)
+
+VIRTIO_VENDOR = 0x1AF4
+MODERN_DEVICE_BASE = 0x1040  # plus the device type
+MODERN_REVISION = 1
+MODERN_SUBSYSTEM_BASE = 0x40  # at least this, so that no legacy driver takes the device (4.1.2.1)
+
+# Class codes as other virtio implementations give them; guests bind by id and only show these.
+CLASS_CODES = {
+    VIRTIO_ID_NET: 0x020000,  # Ethernet controller
+    VIRTIO_ID_BLOCK: 0x010000,  # SCSI storage controller
+    VIRTIO_ID_CONSOLE: 0x078000,  # other communication controller
+    VIRTIO_ID_ENTROPY: 0x00FF00,  # unclassified
+    VIRTIO_ID_SCSI: 0x010000,
+}
+CLASS_UNASSIGNED = 0xFF0000
+
+# BAR 0 is the legacy layout's place, and 2 to 5 leave room for a wider modern BAR.
+MSIX_BAR = 1
+MODERN_BAR = 4
+
+ISR_QUEUE = 1
+ISR_CONFIG = 2
+NO_VECTOR = 0xFFFF
+
+FEATURE_WORDS = 4  # drivers may select more than the 64 bits that exist; these words are kept to be refused
+
+
+@dataclass(slots=True)
+class TransportQueue:
+    """One queue as the driver set it up so far. Addresses are guest-physical and unchecked."""
+
+    index: int
+    max_size: int
+    size: int
+    descriptors: int = 0
+    available: int = 0
+    used: int = 0
+    enabled: bool = False
+    vector: int = NO_VECTOR
+
+
+class VirtioPciFunction(PciFunction):
+    """A virtio device as a PCI function, and its `QueueEvents`. Owns the device and the eventfds.
+
+    `name` is for the log. One MSI-X vector for each queue and one for configuration changes.
+    """
+
+    def __init__(
+        self, device: VirtioDevice, board: Board, *, name: str = "", class_code: int | None = None
+    ) -> None:
+        if class_code is None:
+            class_code = CLASS_CODES.get(device.device_id, CLASS_UNASSIGNED)
+        super().__init__(
+            vendor_id=VIRTIO_VENDOR,
+            device_id=MODERN_DEVICE_BASE + device.device_id,
+            class_code=class_code,
+            revision=MODERN_REVISION,
+            subsystem_vendor_id=VIRTIO_VENDOR,
+            subsystem_id=MODERN_SUBSYSTEM_BASE + device.device_id,
+            interrupt_pin=1,
+        )
+        self.device = device
+        self.name = name or f"virtio device {device.device_id}"
+        self.features = device.features | VIRTIO_F_VERSION_1
+        self.driver_features = 0
+        self.status = 0
+        self.device_feature_select = 0
+        self.driver_feature_select = 0
+        self.queue_select = 0
+        self.queues = [TransportQueue(index, size, size) for index, size in enumerate(device.queue_sizes)]
+        self.config_vector = NO_VECTOR
+        self.config_generation = 0
+        self.isr = 0
+        self.active = False  # the device serves the queues
+
+        self._board = board
+        self._signal_lock = threading.Lock()
+        self._reported = False
+        self._closed = False
+        self._kick_fds = [_eventfd() for _ in self.queues]
+        self._intx_fd = _eventfd()
+        self.msix = MsiX(
+            self.config,
+            self.lock,
+            MSIX_BAR,
+            [board.msi_vector() for _ in range(len(self.queues) + 1)],
+            self._msix_switched,
+        )
+        self.add_bar(MSIX_BAR, BarKind.MEMORY_32, self.msix.bar_size, self.msix)
+        ModernRegisters(self, board, MODERN_BAR)
+        board.watch(self._intx_fd, self._intx_signalled)
+
+    # What the register layouts call, with `lock` held unless said otherwise.
+
+    def selected_queue(self) -> TransportQueue | None:
+        """The queue that the driver selected, None when it does not exist."""
+        return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
+
+    def set_status(self, value: int) -> None:
+        """The driver writes device status. 0 resets; otherwise bits are only ever added (2.1.1)."""
+        if value == 0:
+            self.reset()
+            return
+        added = value & 0xFF & ~DEVICE_NEEDS_RESET & ~self.status
+        if added & FEATURES_OK and not self._features_acceptable():
+            added &= ~FEATURES_OK
+        with self._signal_lock:
+            self.status |= added
+        if added & DRIVER_OK:
+            self._activate()
+
+    def _features_acceptable(self) -> bool:
+        return not self.driver_features & ~self.features and bool(self.driver_features & VIRTIO_F_VERSION_1)
+
+    def _activate(self) -> None:
+        if not self.status & FEATURES_OK:
+            self.needs_reset("the driver set DRIVER_OK without agreeing on features")
+            return
+        queues = [
+            QueueConfig(queue.index, queue.size, queue.descriptors, queue.available, queue.used)
+            for queue in self.queues
+            if queue.enabled
+        ]
+        try:
+            self.device.activate(self.driver_features, queues, self)
+        except GuestError as error:
+            self.needs_reset(str(error))
+        else:
+            self.active = True
+
+    def reset(self) -> None:
+        """Device reset (2.4). When it returns the rings are quiet and all is as before the driver came."""
+        self.active = False
+        self.device.reset()
+        self.driver_features = 0
+        self.device_feature_select = 0
+        self.driver_feature_select = 0
+        self.queue_select = 0
+        self.config_vector = NO_VECTOR
+        self.queues = [TransportQueue(queue.index, queue.max_size, queue.max_size) for queue in self.queues]
+        with self._signal_lock:
+            # Only now: the device may have signalled until its reset returned, and that was for the old
+            # driver.
+            self.status = 0
+            self.isr = 0
+            for fd in (self._intx_fd, *self._kick_fds):
+                _drain(fd)
+            self._update_pin()
+
+    def set_driver_features(self, word: int, value: int) -> None:
+        """Accept 32 feature bits from bit 32 * `word`; fixed once FEATURES_OK is set."""
+        if word < FEATURE_WORDS and not self.status & FEATURES_OK:
+            shift = 32 * word
+            self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
+
+    def set_queue_size(self, queue: TransportQueue, size: int) -> None:
+        """Ignored when `size` is no power of two, larger than the device offers, or the queue is live."""
+        if not queue.enabled and 0 < size <= queue.max_size and size & (size - 1) == 0:
+            queue.size = size
+
+    def enable_queue(self, queue: TransportQueue) -> None:
+        """Fix the queue's addresses and size until reset. Too late once the device runs: it looks once."""
+        if not self.status & DRIVER_OK:
+            queue.enabled = True
+
+    def valid_vector(self, vector: int) -> int:
+        """`vector` when the device has it, else NO_VECTOR: what the driver reads back (4.1.5.1.2)."""
+        return vector if vector < len(self.msix.vectors) else NO_VECTOR
+
+    def set_config_vector(self, vector: int) -> None:
+        self.config_vector = self.valid_vector(vector)
+
+    def set_queue_vector(self, queue: TransportQueue, vector: int) -> None:
+        queue.vector = self.valid_vector(vector)
+        if self.active and queue.enabled and self.msix.enabled:
+            self.device.set_call(queue.index, self.call_fd(queue.index))
+
+    def read_isr(self) -> int:
+        """What happened since the last read; clears it and lowers the pin (4.1.4.5). Needs no lock."""
+        with self._signal_lock:
+            isr, self.isr = self.isr, 0
+            self._update_pin()
+            return isr
+
+    def notify(self, queue: int) -> None:
+        """The driver notified `queue` by a write that no kick caught. Needs no lock."""
+        if queue < len(self._kick_fds):
+            _signal(self._kick_fds[queue])
+
+    def read_device_config(self, offset: int, size: int) -> int:
+        try:
+            data = self.device.read_config(offset, size)
+        except GuestError as error:
+            self.needs_reset(str(error))
+            return 0
+        return int.from_bytes(data[:size], "little")
+
+    def write_device_config(self, offset: int, size: int, value: int) -> None:
+        try:
+            self.device.write_config(offset, (value & (1 << (8 * size)) - 1).to_bytes(size, "little"))
+        except GuestError as error:
+            self.needs_reset(str(error))
+
+    # QueueEvents: called by the device from any thread, with or without `lock`.
+
+    def kick_fd(self, queue: int) -> int:
+        return self._kick_fds[queue]
+
+    def call_fd(self, queue: int) -> int:
+        if not self.msix.enabled:
+            return self._intx_fd
+        vector = self.queues[queue].vector
+        return -1 if vector == NO_VECTOR else self.msix.fd(vector)
+
+    def config_changed(self) -> None:
+        with self._signal_lock:
+            self.config_generation = (self.config_generation + 1) & 0xFF
+            self._raise_config()
+
+    def needs_reset(self, reason: str) -> None:
+        with self._signal_lock:
+            self.status |= DEVICE_NEEDS_RESET
+            self._raise_config()
+            # A guest may break its device again and again: it does not get to fill the log.
+            level = logging.DEBUG if self._reported else logging.WARNING
+            self._reported = True
+        logger.log(level, "%s needs a reset: %s", self.name, reason)
+
+    # Interrupts.
+
+    def _raise_config(self) -> None:
+        """Notify of a configuration change (4.1.5.4), never before DRIVER_OK. Leaf lock held."""
+        if self._closed or not self.status & DRIVER_OK:
+            return
+        self.isr |= ISR_CONFIG
+        if not self.msix.enabled:
+            self._update_pin()
+        elif self.config_vector != NO_VECTOR:
+            _signal(self.msix.fd(self.config_vector))
+
+    def _intx_signalled(self) -> None:
+        """The device used buffers and knows of no MSI-X vector. On the main loop's thread; leaf lock only."""
+        with self._signal_lock:
+            if self._closed or not _drain(self._intx_fd):
+                return  # closed or reset since the main loop saw the signal
+            if not self.msix.enabled:
+                self.isr |= ISR_QUEUE
+                self._update_pin()
+                return
+            # The device signalled before it learnt of the switch to MSI-X. It may have been any queue.
+            for queue in self.queues:
+                if queue.enabled and queue.vector != NO_VECTOR:
+                    _signal(self.msix.fd(queue.vector))
+
+    def _update_pin(self) -> None:
+        self.intx.set_asserted(bool(self.isr) and not self.msix.enabled)
+
+    def _msix_switched(self) -> None:
+        with self._signal_lock:
+            self._update_pin()
+        if self.active:
+            for queue in self.queues:
+                if queue.enabled:
+                    self.device.set_call(queue.index, self.call_fd(queue.index))
+
+    def close(self) -> None:
+        """Unmap, close the device, then everything it was lent. The vCPUs have stopped."""
+        super().close()
+        with self.lock:
+            if self._closed:
+                return
+            self.active = False
+            self.device.close()
+            self._board.unwatch(self._intx_fd)
+            with self._signal_lock:
+                # A callback of the main loop may still be on its way: it must not read a number that is
+                # another's fd.
+                self._closed = True
+                for fd in (self._intx_fd, *self._kick_fds):
+                    os.close(fd)
+                self._kick_fds = []
+                self.intx.set_asserted(False)
+            self.msix.close()
+
+
+def _eventfd() -> int:
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def _signal(fd: int) -> None:
+    try:
+        os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        pass  # the counter is full: it is signalled as it is
+
+
+def _drain(fd: int) -> bool:
+    """Whether the eventfd was signalled; it no longer is."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,201 @@
+"""The entry point of a worker: parse, import, rehearse failing, enter the sandbox, serve vhost-user until
+EOF.
+
+`devices.worker.launcher` starts it as `python3 -I -S -c STUB KIND NAME key=value...`: isolated and without
+site, which halves the start of the interpreter. Words that name inherited descriptors: `channel` (a connected
+UNIX stream socket, or a listening one, on which one connection is accepted), and `image` or `tap`. To serve
+another VMM by hand, give it a listening socket.
+
+Kinds and their other words:
+    blk   format=raw|qcow2  read_only=0|1  serial=TEXT
+    net   mac=52:54:00:12:34:56  mtu=1500
+Any kind: parent=PID, the process to die with.
+
+A worker that fails says so in one line on stderr and exits with EXIT_FAILURE, or EXIT_IMAGE when its disk
+image is to blame. With VMRUN_DEBUG in the environment it also says what the sandbox could not do, and shows
+tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from _socket import SHUT_RD, SO_ACCEPTCONN, SOL_SOCKET, socket
+
+from devices.block.open import open_image
+from devices.errors import GuestError, ImageError
+from devices.vhost.backend import Backend
+from devices.vhost.channel import Channel
+from devices.vhost.messages import ProtocolError
+from devices.virtio.blk import BlkDevice
+from devices.virtio.net import NetDevice
+from devices.worker import sandbox
+from devices.worker.ring import RingServer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import signal as _signal
+    from typing import NoReturn
+
+    from devices.worker.ring import RingDevice
+else:
+    import _signal  # `signal` builds enums from it, for 2 ms
+
+EXIT_FAILURE = 1
+EXIT_IMAGE = 66
+
+# The descriptor each kind needs beside the channel.
+KINDS = {"blk": "image", "net": "tap"}
+MAX_MESSAGE = 1000
+
+
+class Complaint:
+    """Says what went wrong, on stderr, one line at a time, in the worker's name."""
+
+    __slots__ = ("_name", "debug")
+
+    def __init__(self, name: str, debug: bool) -> None:
+        self._name = name
+        self.debug = debug
+
+    def say(self, text: str) -> None:
+        line = f"vmrun worker {self._name}: {' '.join(text.split())}"
+        try:
+            os.write(2, line.encode("utf-8", "backslashreplace")[:MAX_MESSAGE] + b"\n")
+        except OSError:
+            pass  # nobody listens, or the pipe is full of what nobody read
+
+    def say_error(self, error: BaseException) -> None:
+        """What is expected to fail speaks for itself; anything else is a bug and has its kind named."""
+        if isinstance(error, OSError) and error.strerror:
+            self.say(error.strerror)
+        elif isinstance(error, OSError | ImageError | ProtocolError | GuestError | ValueError):
+            self.say(str(error))
+        else:
+            self.say(f"{type(error).__name__}: {error}")
+        if self.debug:
+            import traceback  # `rehearse` has imported it before the sandbox
+
+            os.write(2, "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace"))
+
+    def fatal(self, text: str) -> NoReturn:
+        """For the rings' threads: the process ends here and now."""
+        self.say(text)
+        os._exit(EXIT_FAILURE)
+
+    def rehearse(self) -> None:
+        """Fail once while modules and codecs can still be loaded: in the sandbox a lazy import is a
+        second failure.
+        """
+        try:
+            os.close(-1)
+        except OSError as error:
+            f"{error}: {error.strerror}".encode("utf-8", "backslashreplace")
+            if self.debug:
+                import traceback
+
+                traceback.format_exception(error)
+
+
+class Options:
+    """The command line, checked."""
+
+    __slots__ = ("channel", "fd", "kind", "name", "parent", "words")
+
+    def __init__(self, arguments: list[str]) -> None:
+        """Raises ValueError, naming the word that is wrong."""
+        if len(arguments) < 2 or arguments[0] not in KINDS:
+            raise ValueError("start it as: KIND NAME key=value...")
+        self.kind, self.name = arguments[:2]
+        self.words: dict[str, str] = {}
+        for word in arguments[2:]:
+            key, separator, value = word.partition("=")
+            if not separator:
+                raise ValueError(f"{word!r} is not key=value")
+            self.words[key] = value
+        self.channel = self._number("channel")
+        self.fd = self._number(KINDS[self.kind])
+        self.parent = self._number("parent") if "parent" in self.words else None
+
+    def _number(self, key: str) -> int:
+        text = self.words.get(key, "")
+        if not text.isdecimal():
+            raise ValueError(f"{key}={text} is not a number")
+        return int(text)
+
+
+def open_device(options: Options) -> RingDevice:
+    """In the sandbox: what parses a disk image needs it as much as what serves the guest. Owns
+    `options.fd`.
+    """
+    words = options.words
+    if options.kind == "blk":
+        image = open_image(words.get("format", "raw"), options.fd, words.get("read_only", "0") == "1")
+        return BlkDevice(image, words.get("serial", options.name).encode("utf-8", "replace"))
+    mac = bytes.fromhex(words.get("mac", "").replace(":", ""))
+    return NetDevice(options.fd, mac, int(words["mtu"]) if "mtu" in words else None)
+
+
+def connect(fd: int) -> socket:
+    """The channel's socket; of a listening one, the first connection."""
+    sock = socket(fileno=fd)
+    if sock.getsockopt(SOL_SOCKET, SO_ACCEPTCONN):
+        accepted, _ = sock._accept()  # type: ignore[attr-defined]  # what `socket` wraps
+        sock.close()
+        sock = socket(fileno=accepted)
+    return sock
+
+
+def end_on_signal(sock: socket) -> None:
+    """SIGTERM and SIGINT end the session as if the front end had closed the channel: requests end, the image
+    is flushed.
+
+    A signal that comes just before recvmsg waits there is noticed at the next message only; the launcher
+    kills then.
+    """
+
+    def end(number: int, frame: object) -> None:
+        try:
+            sock.shutdown(SHUT_RD)
+        except OSError:
+            pass  # the front end was faster
+
+    _signal.signal(_signal.SIGTERM, end)
+    _signal.signal(_signal.SIGINT, end)
+
+
+def serve(options: Options, complaint: Complaint) -> None:
+    """Returns when the front end closed the channel and everything is flushed and closed."""
+    sock = connect(options.channel)
+    end_on_signal(sock)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    complaint.rehearse()
+    refused = sandbox.enter((0, 1, 2, sock.fileno(), options.fd), options.parent)
+    if complaint.debug:
+        for layer, why in refused:
+            complaint.say(f"sandbox without {layer}: {why}")
+    server = RingServer(open_device(options), complaint.say, complaint.fatal)
+    try:
+        Backend(Channel(sock), server).serve()
+    finally:
+        server.close()
+
+
+def main() -> NoReturn:
+    arguments = sys.argv[1:]
+    debug = "VMRUN_DEBUG" in os.environ
+    complaint = Complaint(arguments[1] if len(arguments) > 1 else "?", debug)
+    status = 0
+    try:
+        serve(Options(arguments), complaint)
+    except ImageError as error:
+        complaint.say_error(error)
+        status = EXIT_IMAGE
+    except BaseException as error:
+        complaint.say_error(error)
+        status = EXIT_FAILURE
+    # Everything is closed; what the interpreter would tidy up beyond that, the kernel does faster.
+    os._exit(status)

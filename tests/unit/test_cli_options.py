@@ -1,0 +1,107 @@
+"""Option values: what they mean, and that every mistake is one line that names it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmrun.cli.options import parse_disk, parse_duration, parse_nic, parse_size, split_commas
+from vmrun.errors import EXIT_USAGE, UserError
+from vmrun.machine.config import DiskConfig, NicConfig
+
+
+@given(st.lists(st.text(st.sampled_from("ab,="), min_size=1).filter(lambda part: part[0] != ","), min_size=1))
+def test_doubled_commas_bring_any_value_through(parts: list[str]) -> None:
+    assert split_commas(",".join(part.replace(",", ",,") for part in parts)) == parts
+
+
+def test_disks() -> None:
+    assert parse_disk("x.qcow2") == DiskConfig(Path("x.qcow2"), "qcow2")
+    assert parse_disk("/a/b.img,ro,serial=S 1") == DiskConfig(Path("/a/b.img"), "raw", True, "S 1")
+    assert parse_disk("/dev/sdb,format=raw") == DiskConfig(Path("/dev/sdb"), "raw")
+    assert parse_disk("a,,b.raw,ro") == DiskConfig(Path("a,b.raw"), "raw", True)
+
+
+def test_nics() -> None:
+    assert parse_nic("tap0") == NicConfig("tap0")
+    mac = bytes.fromhex("525400123456")
+    assert parse_nic("t,mac=52:54:00:12:34:56,ip=10.0.0.1/24") == NicConfig("t", mac, "10.0.0.1/24")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "give the path"),
+        (",ro", "give the path"),
+        ("x.foo", "add ,format=raw"),
+        ("x.raw,", "an empty key"),
+        ("x.raw,rw", "unknown key 'rw'"),
+        ("x.raw,fromat=raw", "did you mean format"),
+        ("x.raw,ro,ro", "ro is given twice"),
+        ("x.raw,ro=yes", "ro takes no value"),
+        ("x.raw,format", "format takes a value"),
+        ("x.raw,format=", "format takes a value"),
+        ("x.raw,format=vmdk", "one of raw, qcow2"),
+        ("x.raw,serial=" + "s" * 21, "at most 20"),
+        ("x.raw,serial=ä", "printable ASCII"),
+        ("my,disk.raw", "a comma inside a value is written twice"),
+    ],
+)
+def test_bad_disks(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_disk(text)
+    assert caught.value.code == EXIT_USAGE
+    assert "--disk" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "name of a tap"),
+        ("a234567890123456", "at most 15"),
+        ("tap0,mac=1", "^mac=1: "),
+        ("tap0,ip=10.0.0.1", "^ip=10.0.0.1: "),
+        ("tap0,addr=1", "unknown key 'addr'"),
+    ],
+)
+def test_bad_nics(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_nic(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("128M", 128 << 20),
+        ("1G", 1 << 30),
+        ("1.5G", 3 << 29),
+        ("64MiB", 64 << 20),
+        ("8192k", 8 << 20),
+        ("2mb", 2 << 20),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size("--mem", text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "M", "128", "128X", "-1M", "1e3M", "1.2.3M", "0.3K", "128 M B", "1IB", "1B", "٣M", "nanM", "infM"],
+)
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--mem "):
+        parse_size("--mem", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("500ms", 0.5), ("1.5m", 90), ("2h", 7200), ("3min", 180)]
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration("--timeout", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "0", "0s", "-1s", "1d", "1e99h", "9" * 400 + "s", "nan", "1 s s"])
+def test_bad_durations(text: str) -> None:
+    with pytest.raises(UserError, match=r"^--timeout "):
+        parse_duration("--timeout", text)

@@ -1,0 +1,243 @@
+"""An image survives whatever stops its writer: kill -9 at any moment, and power cuts between any two barriers.
+
+After each, `qemu-img check` finds at most leaks, what was flushed is there, and every other sector holds something
+that was written to it.
+"""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from devices.block import transfer
+from devices.block.image import Image
+from devices.block.open import open_image
+from devices.block.qcow2_create import create_qcow2
+
+pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
+
+ROOT = Path(__file__).parents[2]
+SECTOR = 512
+Operation = tuple[str, int, int]  # what, first sector, sectors
+
+
+def operations(seed: int, sectors: int, cluster_size: int) -> Iterator[Operation]:
+    """The endless list of what one writer does. Zeroes and discards are whole clusters: their effect is known."""
+    rng = random.Random(seed)
+    cluster = cluster_size // SECTOR
+    while True:
+        what = rng.choice(["write"] * 7 + ["zero", "discard", "flush"])
+        if what == "flush":
+            yield what, 0, 0
+            continue
+        first = rng.randrange(sectors)
+        count = min(rng.choice([1, 8, 8, rng.randrange(1, 4 * cluster + 1)]), sectors - first)
+        if what != "write":
+            first = first // cluster * cluster
+            count = min(-(-count // cluster) * cluster, sectors - first)
+        yield what, first, count
+
+
+def tag(seed: int, number: int) -> bytes:
+    """What operation `number` of writer `seed` fills a sector with."""
+    return (seed << 32 | number + 1).to_bytes(8, "big") * (SECTOR // 8)
+
+
+def perform(image: Image, seed: int, number: int, operation: Operation) -> None:
+    what, first, count = operation
+    if what == "write":
+        image.writev(first * SECTOR, [memoryview(tag(seed, number) * count)])
+    elif what == "zero":
+        image.write_zeroes(first * SECTOR, count * SECTOR, number % 2 == 0)
+    elif what == "discard":
+        image.discard(first * SECTOR, count * SECTOR)
+    else:
+        image.flush()
+
+
+def write_until_killed(path: str, seed: int, cluster_size: int) -> None:
+    """The child's work: says after each flush how many operations are behind it."""
+    image = open_image("qcow2", os.open(path, os.O_RDWR), False)
+    for number, operation in enumerate(operations(seed, image.size // SECTOR, cluster_size)):
+        perform(image, seed, number, operation)
+        if operation[0] == "flush":
+            os.write(1, b"%d\n" % (number + 1))
+
+
+def sectors_of(path: Path) -> list[bytes]:
+    image = open_image("qcow2", os.open(path, os.O_RDONLY), True)
+    data = bytearray(image.size)
+    image.readv(0, [memoryview(data)])
+    image.close()
+    return [bytes(data[start : start + SECTOR]) for start in range(0, len(data), SECTOR)]
+
+
+def assert_survived(path: Path, before: list[bytes], seed: int, cluster_size: int, flushed: int) -> list[bytes]:
+    """Check the file after `flushed` operations were flushed, and some of those up to the next flush begun."""
+    check = subprocess.run(["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True)
+    assert check.returncode in (0, 3), check.stdout + check.stderr
+    allowed = [{sector} for sector in before]
+    for number, (what, first, count) in enumerate(operations(seed, len(before), cluster_size)):
+        if what == "flush" and number >= flushed:
+            break
+        content = tag(seed, number) if what == "write" else bytes(SECTOR)
+        for sector in range(first, first + count):
+            if number < flushed:
+                allowed[sector] = {content}
+            else:
+                allowed[sector].add(content)
+    after = sectors_of(path)
+    wrong = [sector for sector in range(len(after)) if after[sector] not in allowed[sector]]
+    assert not wrong, f"sectors {wrong[:10]} hold what nobody wrote there or lost what was flushed"
+    return after
+
+
+def kill_again_and_again(path: Path, cluster_size: int, version: int, rounds: int) -> None:
+    with path.open("wb") as file:
+        create_qcow2(file.fileno(), 2 << 20, cluster_size, version)
+    content = sectors_of(path)
+    rng = random.Random(cluster_size)
+    script = f"import {__name__.rpartition('.')[2]} as work, sys; work.write_until_killed(sys.argv[1], *map(int, sys.argv[2:]))"
+    flushes = 0
+    for seed in range(rounds):
+        child = subprocess.Popen(
+            [sys.executable, "-c", script, path, str(seed), str(cluster_size)],
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        assert child.stdout is not None
+        lines = [child.stdout.readline() for _ in range(rng.randrange(1, 12))]
+        # Not waiting for anything: any moment from here on is a good one to die.
+        os.sched_yield() if rng.random() < 0.3 else rng.randbytes(rng.randrange(1 << 20))
+        child.kill()
+        rest = child.stdout.read()
+        child.stdout.close()
+        child.wait()
+        lines = (b"".join(lines) + rest).split(b"\n")
+        assert len(lines) > 1, "the writer died of something else"
+        flushes += len(lines) - 1
+        content = assert_survived(path, content, seed, cluster_size, int(lines[-2]))
+    assert flushes > rounds
+
+
+SHAPES = [(512, 3), (4096, 2), (65536, 3)]
+
+
+@pytest.mark.parametrize(("cluster_size", "version"), SHAPES)
+def test_killed(tmp_path: Path, cluster_size: int, version: int) -> None:
+    kill_again_and_again(tmp_path / "disk.qcow2", cluster_size, version, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cluster_size", "version"), SHAPES)
+def test_killed_hundreds_of_times(tmp_path: Path, cluster_size: int, version: int) -> None:
+    kill_again_and_again(tmp_path / "disk.qcow2", cluster_size, version, 300)
+
+
+class Recorder:
+    """Every change of the file in order, with the barriers, to cut the power at any point of it later."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[str, int, bytes]] = []
+        pwritev, ftruncate, fdatasync = os.pwritev, os.ftruncate, os.fdatasync
+
+        def record_write(fd: int, buffers: list[memoryview], offset: int) -> int:
+            self.log.append(("write", offset, b"".join(buffers)))
+            return pwritev(fd, buffers, offset)
+
+        def record_truncate(fd: int, size: int) -> None:
+            self.log.append(("truncate", size, b""))
+            ftruncate(fd, size)
+
+        def record_sync(fd: int) -> None:
+            fdatasync(fd)
+            self.log.append(("sync", 0, b""))
+
+        def record_punch(fd: int, mode: int, offset: int, size: int) -> bool:
+            self.log.append(("write", offset, bytes(size)))
+            pwritev(fd, [memoryview(bytes(size))], offset)
+            return True
+
+        monkeypatch.setattr(os, "pwritev", record_write)
+        monkeypatch.setattr(os, "ftruncate", record_truncate)
+        monkeypatch.setattr(os, "fdatasync", record_sync)
+        monkeypatch.setattr(transfer, "_try_fallocate", record_punch)
+
+
+def apply(disk: bytearray, change: tuple[str, int, bytes], rng: random.Random | None) -> None:
+    """Do one change; with `rng`, as a power cut may: not at all, or only some sectors of it."""
+    what, offset, data = change
+    fate = rng.random() if rng else 1.0
+    if fate < 0.4 or what not in ("write", "truncate"):
+        return
+    end = offset + len(data)
+    if len(disk) < end:
+        disk.extend(bytes(end - len(disk)))
+    if what == "truncate":
+        return
+    position = offset
+    while position < end:
+        step = min(SECTOR - position % SECTOR, end - position)
+        if fate > 0.6 or (rng and rng.random() < 0.5):
+            disk[position : position + step] = data[position - offset : position - offset + step]
+        position += step
+
+
+def cut_power_everywhere(
+    path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], count: int, samples: int
+) -> None:
+    cluster_size, version = shape
+    with path.open("wb") as file:
+        create_qcow2(file.fileno(), 1 << 20, cluster_size, version)
+    start = path.read_bytes()
+    before = sectors_of(path)
+    seed = cluster_size
+    with monkeypatch.context() as patch:
+        recorder = Recorder(patch)
+        image = open_image("qcow2", os.open(path, os.O_RDWR), False)
+        for number, operation in enumerate(operations(seed, len(before), cluster_size)):
+            perform(image, seed, number, operation)
+            if operation[0] == "flush":
+                recorder.log.append(("flushed", number + 1, b""))
+                if number >= count:
+                    break
+        image.close()
+        log = recorder.log
+    rng = random.Random(seed)
+    moments = set(rng.sample(range(len(log)), min(samples, len(log))))
+    # Everything up to `barrier` is on stable storage in `disk`.
+    disk = bytearray(start)
+    barrier = flushed = 0
+    crashed = path.with_suffix(".crashed")
+    for moment, change in enumerate(log):
+        if change[0] == "sync":
+            for earlier in log[barrier:moment]:
+                apply(disk, earlier, None)
+            barrier = moment
+        elif change[0] == "flushed":
+            flushed = change[1]
+        if moment in moments:
+            for fate in (None, rng):
+                after = bytearray(disk)
+                for pending in log[barrier : moment + 1]:
+                    apply(after, pending, fate)
+                crashed.write_bytes(after)
+                assert_survived(crashed, before, seed, cluster_size, flushed)
+
+
+@pytest.mark.parametrize("shape", [(512, 2), (1024, 3), (16384, 3)])
+def test_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    cut_power_everywhere(tmp_path / "disk.qcow2", monkeypatch, shape, 300, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(512, 2), (1024, 3), (16384, 3)])
+def test_power_cut_at_every_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]
+) -> None:
+    cut_power_everywhere(tmp_path / "disk.qcow2", monkeypatch, shape, 1000, 1000)

@@ -1,0 +1,110 @@
+"""The `vmrun` command: runs the Typer application of `app.py` and turns every way to fail into one line and a
+code.
+
+User side of the VMM process. Nothing is imported here but what every call needs: `vmrun --version` costs no
+more than Python's own start, `vmrun --help` no more than Typer (about 50 ms).
+"""
+
+import os
+import sys
+
+from vmrun.errors import EXIT_USAGE, EXIT_VMM, UserError
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, likewise
+
+
+def main() -> None:
+    """The console script: never returns, exits with a documented code (docs/guide.md)."""
+    _fill_standard_fds()
+    code = run(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Whoever read our output has gone (`vmrun doctor | head -1`); what is left would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line and return the exit code. With VMRUN_DEBUG=1 errors keep their traceback."""
+    try:
+        if arguments == ["--version"]:
+            return print_version()
+        return _run_app(arguments)
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return EXIT_BROKEN_PIPE
+        if os.environ.get("VMRUN_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        else:
+            print(f"vmrun: {_one_line(error)}", file=sys.stderr)
+        return error.code if isinstance(error, UserError) else EXIT_VMM
+
+
+def print_version() -> int:
+    import vmrun
+
+    print(f"vmrun {vmrun.__version__}")
+    return 0
+
+
+def _run_app(arguments: list[str]) -> int:
+    from vmrun.cli.app import ClickException, Exit, command, usage_message
+
+    # Not `command().main()`: that takes a broken pipe anywhere, a worker's channel say, for the end of our
+    # output.
+    app = command()
+    try:
+        with app.make_context("vmrun", arguments) as context:
+            result = app.invoke(context)
+    except Exit as exit:
+        return exit.exit_code
+    except ClickException as error:
+        print(f"vmrun: {usage_message(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    return result if isinstance(result, int) else 0
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is our stdout that is a broken pipe, and not some descriptor of the machine's."""
+    import select
+
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, UserError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        # strerror is None for the messages our own code gives to OSError(errno, text) without an errno.
+        text = error.strerror or str(error)
+        if error.filename is not None:
+            text = f"{os.fsdecode(error.filename)}: {text}"
+    else:
+        text = f"internal error: {type(error).__name__}: {error} (VMRUN_DEBUG=1 shows where)"
+    return " ".join(text.split())
+
+
+def _fill_standard_fds() -> None:
+    """Open /dev/null for each of stdin, stdout and stderr that the caller closed.
+
+    Otherwise the next file opened, a disk maybe, would get that number, and be written to by a mere print.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # open(2) returns the lowest free number, which is `fd`; it has to survive exec like any standard
+            # fd.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)

@@ -1,0 +1,52 @@
+"""The Typer application: which commands there are. Each command group has its own file and imports what it
+needs when its command runs. User side of the VMM process.
+"""
+
+from typing import Annotated, Any
+
+import typer
+from typer import Exit as Exit
+
+from vmrun.cli import boot, doctor, guest, print_version
+
+# Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
+# the base class of what is wrong with a command line.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+def command() -> Any:
+    """The whole command line, ready to parse. Plain help and errors: Rich would take longer to import than to
+    read.
+    """
+    app = typer.Typer(
+        name="vmrun",
+        help="Run microVMs on Linux/KVM: real disks, real taps, a sandboxed process per device.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        no_args_is_help=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(vmrun)
+    app.command("boot", epilog=boot.EPILOG)(boot.boot)
+    app.command("doctor")(doctor.doctor)
+    app.add_typer(guest.app(), name="guest")
+    return typer.main.get_command(app)
+
+
+def vmrun(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        raise typer.Exit(print_version())
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def usage_message(error: Exception) -> str:
+    """One line for what is wrong with the command line, and where to look."""
+    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "vmrun"
+    return f"{' '.join(text.split()).rstrip('.')} (see {path} --help)"

@@ -1,0 +1,78 @@
+"""`vmrun boot`: one machine in the foreground, its serial console on the terminal. User side of the VMM
+process.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = (
+    "On a terminal, Ctrl-A x stops the machine, Ctrl-A Ctrl-A sends a Ctrl-A, Ctrl-A h is help. "
+    "A comma inside a path is written twice. Exit codes: see docs/guide.md."
+)
+
+
+def boot(
+    disk: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disk",
+            metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT]",
+            help="A disk: the guest's /dev/vda, then vdb and so on. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    nic: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--nic",
+            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX]",
+            help="A network card on TAP, made if it is not there; ip= is for the host's end. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    kernel: Annotated[
+        Path | None,
+        typer.Option(help="bzImage or ELF vmlinux. Default: the guest kit's.", show_default=False),
+    ] = None,
+    initrd: Annotated[Path | None, typer.Option(help="An initramfs.", show_default=False)] = None,
+    append: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The kernel's command line, or more of it with the kit's."),
+    ] = None,
+    mem: Annotated[str, typer.Option("--mem", metavar="SIZE", help="Memory, as in 128M or 1.5G.")] = "128M",
+    cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,
+    timeout: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop the machine after this long, as in 90s.", show_default=False),
+    ] = None,
+    name: Annotated[str, typer.Option(metavar="NAME", help="What messages call the machine.")] = "vm",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is being done.")] = False,
+) -> int:
+    """Start a machine, its serial console on this terminal."""
+    from vmrun.cli import options
+    from vmrun.host.console import Console
+    from vmrun.machine.config import MachineConfig
+
+    config = MachineConfig(
+        memory=options.parse_size("--mem", mem),
+        cpus=cpus,
+        kernel=kernel,
+        initrd=initrd,
+        cmdline=append,
+        disks=tuple(options.parse_disk(text) for text in disk or ()),
+        nics=tuple(options.parse_nic(text) for text in nic or ()),
+        name=name,
+        verbose=verbose,
+    )
+    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+
+    from vmrun.machine.machine import run  # only now: a mistake in the options needs no KVM
+
+    with Console() as console:
+        outcome = run(config, console=console, timeout=seconds)
+    if outcome.code:
+        print(f"vmrun: {outcome.reason}", file=sys.stderr)
+    return outcome.code

@@ -1,0 +1,128 @@
+"""The values of command line options: `--disk x.qcow2,ro`, `--mem 1.5G`, `--timeout 90s`. User side of the
+VMM process.
+
+Comma-separated options follow QEMU: a comma that belongs to a value is written twice. Everything wrong is a
+UserError that names the option, the key and, where there is one, the nearest right spelling.
+"""
+
+from pathlib import Path
+
+from vmrun.errors import UserError
+from vmrun.host.disks import disk_format
+from vmrun.host.tap import check_interface_name, parse_host_address, parse_mac
+from vmrun.machine.config import DiskConfig, NicConfig
+
+SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+TIME_UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+SERIAL_SIZE = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6
+
+# The keys of an option: whether each takes a value.
+Keys = dict[str, bool]
+DISK_KEYS: Keys = {"ro": False, "format": True, "serial": True}
+NIC_KEYS: Keys = {"mac": True, "ip": True}
+
+
+def split_commas(text: str) -> list[str]:
+    """Split at single commas; a doubled one is a comma of the value. From the left, so "a,,,b" is "a," and
+    "b".
+    """
+    parts = [""]
+    index = 0
+    while index < len(text):
+        if text[index] != ",":
+            parts[-1] += text[index]
+        elif text[index + 1 : index + 2] == ",":
+            parts[-1] += ","
+            index += 1
+        else:
+            parts.append("")
+        index += 1
+    return parts
+
+
+def parse_keys(option: str, text: str, keys: Keys) -> tuple[str, dict[str, str]]:
+    """The leading value of "value,key=value,flag" and its keys (a flag's value is "")."""
+    value, *settings = split_commas(text)
+    found: dict[str, str] = {}
+    for setting in settings:
+        key, equals, content = setting.partition("=")
+        if key not in keys:
+            raise UserError(f"{option} {text}: {_unknown_key(key, keys)}")
+        if key in found:
+            raise UserError(f"{option} {text}: {key} is given twice")
+        if keys[key] and not content:
+            raise UserError(f"{option} {text}: {key} takes a value: {key}=...")
+        if not keys[key] and equals:
+            raise UserError(f"{option} {text}: {key} takes no value")
+        found[key] = content
+    return value, found
+
+
+def _unknown_key(key: str, keys: Keys) -> str:
+    from difflib import get_close_matches
+
+    known = ", ".join(f"{name}=" if takes_value else name for name, takes_value in keys.items())
+    close = get_close_matches(key, keys, n=1)
+    hint = f": did you mean {close[0]}?" if close else f" (there are {known})"
+    if not key:
+        return f"an empty key{hint}; a comma inside a value is written twice"
+    return f"unknown key {key!r}{hint}" + ("" if close else "; a comma inside a value is written twice")
+
+
+def parse_disk(text: str) -> DiskConfig:
+    """PATH[,ro][,format=raw|qcow2][,serial=TEXT]"""
+    path, keys = parse_keys("--disk", text, DISK_KEYS)
+    if not path:
+        raise UserError(f"--disk {text!r}: give the path of a disk image, as in --disk x.qcow2,ro")
+    serial = keys.get("serial", "")
+    if len(serial) > SERIAL_SIZE or not serial.isascii() or not serial.isprintable():
+        raise UserError(f"--disk {text}: serial is at most {SERIAL_SIZE} printable ASCII characters")
+    return DiskConfig(Path(path), disk_format(Path(path), keys.get("format")), "ro" in keys, serial)
+
+
+def parse_nic(text: str) -> NicConfig:
+    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24]"""
+    tap, keys = parse_keys("--nic", text, NIC_KEYS)
+    check_interface_name(tap)
+    address = keys.get("ip")
+    if address is not None:
+        parse_host_address(address)
+    return NicConfig(tap, parse_mac(keys["mac"]) if "mac" in keys else None, address)
+
+
+def _split_unit(text: str) -> tuple[float, str] | None:
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    if not number or not number.isascii() or not number.replace(".", "", 1).isdigit():
+        return None
+    return float(number), text[len(number) :]
+
+
+def parse_size(option: str, text: str) -> int:
+    """Bytes of "128M", "1G", "1.5G", "131072K" or "512MiB" (powers of two, as everywhere for memory).
+
+    A bare number would be bytes to some and MiB to others (QEMU), so it is refused.
+    """
+    split = _split_unit(text.strip())
+    unit = ""
+    if split is not None:
+        unit = split[1].upper().removesuffix("IB") if split[1].upper() != "IB" else "IB"
+        unit = unit[:-1] if len(unit) == 2 and unit.endswith("B") else unit
+    if split is None or unit not in SIZE_UNITS:
+        raise UserError(f"{option} {text}: not a size: give a number and K, M, G or T, as in 128M or 1.5G")
+    if not unit:
+        raise UserError(f"{option} {text}: say the unit: {text}M?")
+    size = split[0] * SIZE_UNITS[unit]
+    if not size.is_integer():
+        raise UserError(f"{option} {text}: not a whole number of bytes")
+    return int(size)
+
+
+def parse_duration(option: str, text: str) -> float:
+    """Seconds of "90", "90s", "500ms", "1.5m" or "2h"; more than zero."""
+    split = _split_unit(text.strip())
+    if split is None or split[1] not in TIME_UNITS:
+        raise UserError(f"{option} {text}: not a time: give a number and ms, s, m or h, as in 90s")
+    seconds = split[0] * TIME_UNITS[split[1]]
+    if not 0 < seconds < 1e9:
+        raise UserError(f"{option} {text}: give more than zero, and less than 30 years")
+    return seconds

@@ -1,0 +1,58 @@
+"""How far a long command is: a bar on a terminal, lines elsewhere. User side of the VMM process."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vmrun.guestkit.progress import Lines, Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """What a build reports to while the context is open. All of it goes to stderr."""
+    if not sys.stderr.isatty():
+        yield Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("[dim]{task.fields[detail]}"),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as bars:
+        told = _Bars(bars)
+        yield told
+        told.finish()
+
+
+class _Bars:
+    """One bar for each step. The total of a step is an estimate: only its end fills the bar."""
+
+    def __init__(self, bars: "RichProgress") -> None:
+        self._bars = bars
+        self._task = bars.add_task("starting", total=None, visible=False, detail="")
+
+    def step(self, title: str, total: int | None = None) -> None:
+        self.finish()
+        self._task = self._bars.add_task(title, total=total, detail="")
+
+    def advance(self, detail: str = "") -> None:
+        from rich.markup import escape
+
+        task = self._bars.tasks[self._task]
+        done = task.completed + 1
+        if task.total is not None:
+            done = min(done, task.total * 0.99)
+        self._bars.update(self._task, completed=done, detail=escape(detail[-40:]))
+
+    def finish(self) -> None:
+        total = self._bars.tasks[self._task].total or 1
+        self._bars.update(self._task, total=total, completed=total, detail="")

@@ -1,0 +1,78 @@
+"""The cache directory, and how something built appears in it whole or not at all.
+
+What is built is a directory named after a hash of its inputs. It is made under another name next to its place and
+renamed, so that a build that was killed is never taken for a finished one; a lock keeps two builds of the same
+thing apart, and the second finds the first one's result.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+_UNFINISHED = ".unfinished-"
+
+
+def directory() -> Path:
+    """$VMRUN_CACHE, or /var/cache/vmrun for root, or $XDG_CACHE_HOME/vmrun, or ~/.cache/vmrun."""
+    chosen = os.environ.get("VMRUN_CACHE")
+    if chosen:
+        return Path(chosen).absolute()
+    if os.geteuid() == 0:
+        return Path("/var/cache/vmrun")
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG Base Directory specification has a relative path ignored.
+    return (Path(base) if base.startswith("/") else Path.home() / ".cache") / "vmrun"
+
+
+def find(name: str) -> Path | None:
+    """The finished directory `name`, or None."""
+    path = directory() / name
+    return path if path.is_dir() else None
+
+
+def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
+    """The directory `name`; when it is not there, `make` fills an empty one that becomes it.
+
+    Waits while another process makes the same. What a killed process left behind is removed. Raises what
+    `make` raises, and OSError when the cache cannot be written.
+    """
+    finished = find(name)
+    if finished is not None:
+        return finished
+    root = directory()
+    root.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        finished = find(name)
+        if finished is not None:
+            return finished
+        for left_behind in root.glob(f"{name}{_UNFINISHED}*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{name}{_UNFINISHED}", dir=root))
+        try:
+            make(unfinished)
+            _write_back(unfinished)
+            unfinished.chmod(0o755)
+            unfinished.rename(root / name)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    finally:
+        os.close(lock)
+    return root / name
+
+
+def _write_back(made: Path) -> None:
+    """A rename may reach the host's disk before the data does; a power cut must not leave empty files."""
+    for path in [*made.iterdir(), made]:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,230 @@
+"""What this host can do for a machine: its KVM, taps, rights, memory and tools. VMM process.
+
+`kvm_flavour` is on the way of every start, so this file imports next to nothing at the top. The whole list of
+checks is what `vmrun doctor` prints. KVM facts are from Documentation/virt/kvm/api.rst, section 4.1.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+KVM_GET_API_VERSION = 0xAE00
+KVM_API_VERSION = 12  # the only one there has been since Linux 2.6.22
+CAP_NET_ADMIN = 12  # linux/capability.h
+
+KvmFlavour = Literal["vmx", "svm", "pvm", "unknown", "none"]
+Level = Literal["ok", "info", "warning", "error"]
+
+SOFTWARE_KVM = (
+    "this host's KVM has no VMX or SVM beneath it (usual in clouds without nested virtualization). "
+    "Guest programs run at native speed, but guest kernels and firmware are interpreted, some hundreds of "
+    "times slower: a small Linux starts in tens of seconds, a distribution's own kernel in minutes. "
+    "vmrun carries out what this KVM leaves undone. A host with VMX or SVM is far faster"
+)
+
+
+def kvm_flavour(
+    cpuinfo: str = "/proc/cpuinfo", modules: str = "/sys/module", device: str = "/dev/kvm"
+) -> KvmFlavour:
+    """Which KVM this is: on "vmx" (Intel) or "svm" (AMD) hardware, "pvm" (kvm_pvm: neither), "unknown" or
+    "none".
+
+    "none" means there is no /dev/kvm at all; whether we may open it is another question. Takes under a
+    millisecond.
+    """
+    if not os.path.exists(device):
+        return "none"
+    flags = cpu_flags(cpuinfo)
+    vmx = "vmx" in flags and os.path.exists(f"{modules}/kvm_intel")
+    svm = "svm" in flags and os.path.exists(f"{modules}/kvm_amd")
+    if os.path.exists(f"{modules}/kvm_pvm"):
+        # Only one of the three can serve /dev/kvm. A loaded module (it has an initstate) that could not would
+        # not have stayed; one built into the kernel is listed whether it serves or not.
+        loaded = os.path.exists(f"{modules}/kvm_pvm/initstate")
+        if loaded or not (vmx or svm):
+            return "pvm"
+    if vmx:
+        return "vmx"
+    return "svm" if svm else "unknown"
+
+
+def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:
+    """The flags of the first processor."""
+    try:
+        with open(cpuinfo, "rb", buffering=0) as file:
+            text = file.read(8192).decode(
+                "ascii", "replace"
+            )  # one processor's paragraph: there may be hundreds
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding: `detail` says what is, `advice` (may be empty) what to do or what it means.
+
+    Levels: "ok", "info" (fine without), "warning" (some of vmrun will not work), "error" (no machine can
+    run).
+    """
+
+    name: str
+    level: Level
+    detail: str
+    advice: str = ""
+
+
+def check_kvm(device: str = "/dev/kvm") -> Check:
+    import fcntl
+
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        flags = cpu_flags()
+        if flags & {"vmx", "svm"}:
+            advice = "the CPU can: load the module (modprobe kvm_intel or kvm_amd)"
+        else:
+            advice = "the CPU shows no VMX or SVM: turn it on in the firmware, or nested virtualization on"
+        return Check("KVM", "error", f"{device} is missing", advice)
+    except PermissionError:
+        return Check("KVM", "error", f"{device}: permission denied", "be root or a member of group kvm")
+    except OSError as error:
+        return Check(
+            "KVM", "error", f"{device}: {error.strerror}", "the device file is there but no driver answers"
+        )
+    try:
+        version = fcntl.ioctl(fd, KVM_GET_API_VERSION)
+    except OSError as error:
+        return Check("KVM", "error", f"{device} is not KVM: {error.strerror}")
+    finally:
+        os.close(fd)
+    if version != KVM_API_VERSION:
+        return Check("KVM", "error", f"API version {version}", f"vmrun needs version {KVM_API_VERSION}")
+    return Check("KVM", "ok", f"{device} opens, API version {version}")
+
+
+def check_flavour() -> Check:
+    flavour = kvm_flavour()
+    if flavour == "vmx":
+        return Check("KVM runs on", "ok", "Intel VMX (kvm_intel)")
+    if flavour == "svm":
+        return Check("KVM runs on", "ok", "AMD SVM (kvm_amd)")
+    if flavour == "pvm":
+        return Check("KVM runs on", "warning", "no virtualization hardware (kvm_pvm)", SOFTWARE_KVM)
+    if flavour == "unknown":
+        return Check(
+            "KVM runs on", "warning", "something unknown", "none of kvm_intel, kvm_amd, kvm_pvm is loaded"
+        )
+    return Check("KVM runs on", "error", "nothing: there is no KVM")
+
+
+def has_capability(number: int, status: str = "/proc/self/status") -> bool:
+    """Whether capability `number` is in this process's effective set."""
+    with open(status, encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("CapEff:"):
+                return bool(int(line.split()[1], 16) >> number & 1)
+    return False
+
+
+def check_tun(device: str = "/dev/net/tun") -> Check:
+    if not os.path.exists(device):
+        return Check(
+            "taps", "warning", f"{device} is missing", "no --nic: load the tun module (modprobe tun)"
+        )
+    if not os.access(device, os.R_OK | os.W_OK):
+        return Check("taps", "warning", f"{device}: permission denied", "no --nic without access to it")
+    return Check("taps", "ok", f"{device} is ours to open")
+
+
+def check_net_admin() -> Check:
+    if has_capability(CAP_NET_ADMIN):
+        return Check("CAP_NET_ADMIN", "ok", "taps can be made, and be given addresses")
+    advice = "--nic works with a tap made for you: ip tuntap add tap0 mode tap user $USER vnet_hdr"
+    return Check("CAP_NET_ADMIN", "info", "no", advice)
+
+
+def check_userfaultfd(device: str = "/dev/userfaultfd") -> Check:
+    if os.access(device, os.R_OK | os.W_OK):
+        return Check("userfaultfd", "ok", f"{device} is ours to open")
+    return Check("userfaultfd", "info", "not available", "only loading snapshots lazily will want it")
+
+
+def check_memory(meminfo: str = "/proc/meminfo") -> Check:
+    with open(meminfo, encoding="ascii") as file:
+        facts = dict(line.split(":", 1) for line in file)
+    available = int(facts["MemAvailable"].split()[0]) >> 10
+    if available < 256:
+        return Check(
+            "memory", "warning", f"{available} MiB available", "a machine has 128 MiB unless --mem says less"
+        )
+    return Check("memory", "ok", f"{available} MiB available")
+
+
+def check_sandbox() -> Check:
+    try:
+        from devices.worker import sandbox
+    except ImportError:
+        return Check("worker sandbox", "warning", "not part of this installation")
+    layers = sandbox.layers()
+    missing = [f"{name} ({meaning})" for name, meaning, present in layers if not present]
+    if missing:
+        return Check(
+            "worker sandbox", "warning", f"lacks {'; '.join(missing)}", "workers run with what is left"
+        )
+    return Check("worker sandbox", "ok", ", ".join(name for name, _, _ in layers))
+
+
+def check_guest_kit() -> Check:
+    advice = "only --kernel works: make one with vmrun guest build"
+    try:
+        from vmrun.guestkit import kit
+    except ImportError:
+        return Check("guest kit", "warning", "not part of this installation", "give --kernel")
+    found = kit.find()
+    if found is None:
+        return Check("guest kit", "warning", "not built", advice)
+    return Check("guest kit", "ok", str(found.kernel.parent))
+
+
+def check_tool(name: str, purpose: str) -> Check:
+    import shutil
+
+    path = shutil.which(name) or next(
+        (p for p in (f"/usr/libexec/{name}", f"/usr/lib/qemu/{name}") if os.access(p, os.X_OK)), None
+    )
+    if path is None:
+        return Check(name, "info", "not installed", f"wanted for {purpose}")
+    return Check(name, "ok", path, purpose)
+
+
+def all_checks() -> list[Check]:
+    """Every check, in the order to read them. A check that fails itself is reported as one that says so."""
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("KVM", check_kvm),
+        ("KVM runs on", check_flavour),
+        ("memory", check_memory),
+        ("worker sandbox", check_sandbox),
+        ("guest kit", check_guest_kit),
+        ("taps", check_tun),
+        ("CAP_NET_ADMIN", check_net_admin),
+        ("userfaultfd", check_userfaultfd),
+        ("qemu-img", lambda: check_tool("qemu-img", "making and checking disk images")),
+        ("passt", lambda: check_tool("passt", "a network without root (vhost-user)")),
+        ("virtiofsd", lambda: check_tool("virtiofsd", "shared directories (vhost-user)")),
+    ]
+    found = []
+    for name, check in checks:
+        try:
+            found.append(check())
+        except Exception as error:  # one broken check must not hide the others
+            found.append(Check(name, "warning", f"could not be checked: {error}"))
+    return found
+
+
+def can_run(checks: list[Check]) -> bool:
+    return not any(check.level == "error" for check in checks)
