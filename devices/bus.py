@@ -27,7 +27,9 @@ class Bus:
         self._table: tuple[list[int], list[tuple[int, int, BusDevice]]] = ([], [])
 
     def insert(self, base: int, size: int, device: BusDevice) -> None:
-        """Give [base, base+size) to `device`. Raises ValueError when it is empty, out of the space, or taken."""
+        """Give [base, base+size) to `device`. Raises ValueError when it is empty, out of the space, or
+        taken.
+        """
         if size <= 0 or base < 0 or base + size > self.size:
             raise ValueError(f"{self.name} range {base:#x}+{size:#x} is outside the address space")
         with self._lock:

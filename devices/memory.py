@@ -34,7 +34,9 @@ class MemoryRegion:
         self.view = memoryview(self.mapping)
 
     def close(self) -> None:
-        """Unmap. Raises BufferError while a view handed out earlier is still alive: queues are dropped first."""
+        """Unmap. Raises BufferError while a view handed out earlier is still alive: queues are dropped
+        first.
+        """
         self.view.release()
         self.mapping.close()
 

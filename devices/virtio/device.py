@@ -83,6 +83,8 @@ class VirtioDevice(Protocol):
         """The driver moved `queue` to another interrupt while active: signal `fd` from now on (-1: none)."""
 
     def reset(self) -> None:
-        """Stop serving and forget the driver. Returns when no ring is touched any more. Fine when not active."""
+        """Stop serving and forget the driver. Returns when no ring is touched any more. Fine when not
+        active.
+        """
 
     def close(self) -> None: ...

@@ -1,8 +1,8 @@
 """The cache directory, and how something built appears in it whole or not at all.
 
-What is built is a directory named after a hash of its inputs. It is made under another name next to its place and
-renamed, so that a build that was killed is never taken for a finished one; a lock keeps two builds of the same
-thing apart, and the second finds the first one's result.
+What is built is a directory named after a hash of its inputs. It is made under another name next to its
+place and renamed, so that a build that was killed is never taken for a finished one; a lock keeps two builds
+of the same thing apart, and the second finds the first one's result.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def run(
 
 
 def _is_static_program(path: Path) -> bool:
-    """Whether `path` is a 64-bit ELF program without an interpreter (System V ABI, program header PT_INTERP)."""
+    """Whether `path` is a 64-bit ELF program without an interpreter (System V ABI, PT_INTERP)."""
     try:
         with path.open("rb") as program:
             header = program.read(64)

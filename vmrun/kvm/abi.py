@@ -163,7 +163,9 @@ class kvm_xcr(ctypes.Structure):
 
 @abi(392, xcrs=32, padding=16)
 class kvm_xcrs(ctypes.Structure):
-    """`xcrs` is the kernel's array of 16 `kvm_xcr`, spelled as 32 numbers: register number, value, and so on."""
+    """`xcrs` is the kernel's array of 16 `kvm_xcr`, spelled as 32 numbers: register number, value, and so
+    on.
+    """
 
     __slots__ = ()
     nr_xcrs: u32

@@ -13,7 +13,9 @@ from vmrun.kvm.vm import Vm
 
 
 class System:
-    """Owns the descriptor of /dev/kvm. Raises OSError when it cannot be opened or speaks another API version."""
+    """Owns the descriptor of /dev/kvm. Raises OSError when it cannot be opened or speaks another API
+    version.
+    """
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

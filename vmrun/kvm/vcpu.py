@@ -142,7 +142,9 @@ class Vcpu:
         return request.physical_address if request.valid else None
 
     def set_guest_debug(self, control: int, breakpoints: tuple[int, ...] = (), dr7: int = 0) -> None:
-        """Arm up to four hardware breakpoint addresses with `dr7` (control KVM_GUESTDBG_...); 0 turns it off."""
+        """Arm up to four hardware breakpoint addresses with `dr7` (control KVM_GUESTDBG_...); 0 turns it
+        off.
+        """
         request = abi.kvm_guest_debug(control=control)
         for index, address in enumerate(breakpoints):
             request.debugreg[index] = address

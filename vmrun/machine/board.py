@@ -16,7 +16,9 @@ from vmrun.machine.loop import EventLoop
 
 
 class IoEventFd:
-    """A KVM_IOEVENTFD registration: guest writes to an address become signals on an eventfd, without an exit."""
+    """A KVM_IOEVENTFD registration: guest writes to an address become signals on an eventfd, without an
+    exit.
+    """
 
     def __init__(self, vm: Vm, fd: int, address: int, size: int, *, pio: bool, value: int | None) -> None:
         self._vm = vm
@@ -30,7 +32,9 @@ class IoEventFd:
 
 
 class KvmBoard:
-    """`devices.board.Board` on KVM. Owns nothing that must be closed: `vm` and `loop` belong to the machine."""
+    """`devices.board.Board` on KVM. Owns nothing that must be closed: `vm` and `loop` belong to the
+    machine.
+    """
 
     def __init__(self, vm: Vm, loop: EventLoop, physical_address_bits: int) -> None:
         self.vm = vm

@@ -94,7 +94,9 @@ class Interrupts:
         self.vm.set_gsi_routing([*default_routes(), *self.routes.values()])
 
     def set_level_triggered(self, gsis: tuple[int, ...]) -> None:
-        """Make PIC inputs `gsis` level-triggered (the ELCR), which firmware does on a PC before PCI is used."""
+        """Make PIC inputs `gsis` level-triggered (the ELCR), which firmware does on a PC before PCI is
+        used.
+        """
         for chip_id, first in ((abi.KVM_IRQCHIP_PIC_MASTER, 0), (abi.KVM_IRQCHIP_PIC_SLAVE, 8)):
             chip = self.vm.get_irqchip(chip_id)
             elcr = 14  # offset in struct kvm_pic_state

@@ -129,7 +129,9 @@ class Machine:
         return vm
 
     def _plug_platform(self, console: ConsoleLike) -> None:
-        """The devices that are on every board, at the addresses that `layout` and the ACPI tables give them."""
+        """The devices that are on every board, at the addresses that `layout` and the ACPI tables give
+        them.
+        """
         board, pio = self.board, self.board.pio
         self.serial = SerialLink(self.loop, console, lambda: self.end(0, "stopped from the console"))
         self.uart = Uart(board.irq_line(layout.SERIAL_IRQ), console.write, self.serial.room_in_uart)
