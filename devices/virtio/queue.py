@@ -166,7 +166,7 @@ class SplitQueue:
             # A private copy: the guest may change the descriptor after any check.
             address, length, flags, following = unpack(table, index * _DESCRIPTOR_SIZE)
             remaining -= 1
-            if remaining < -1000000:
+            if remaining < 0:
                 raise GuestError(f"queue {self.index}: the chain at {head} loops or is too long")
             if flags & VIRTQ_DESC_F_INDIRECT:
                 if table is not self._descriptors:

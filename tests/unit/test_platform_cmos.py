@@ -84,6 +84,14 @@ def test_setting_the_clock(cmos: Cmos, host: Host) -> None:
     assert clock(cmos) == [0x20, 0x24, 0x03, 0x01, 6, 0x00, 0x00, 0x01]
 
 
+def test_stopping_the_clock_keeps_the_moment(cmos: Cmos, host: Host) -> None:
+    write(cmos, 0x0B, 0x82)
+    host.now += 60
+    assert clock(cmos) == [0x20, 0x31, 0x12, 0x07, 1, 0x21, 0x58, 0x59]
+    write(cmos, 0x0B, 0x02)
+    assert cmos.offset == -60
+
+
 def test_setting_a_running_clock(cmos: Cmos, host: Host) -> None:
     write(cmos, 4, 0x03)
     assert clock(cmos)[5:] == [0x03, 0x58, 0x59]

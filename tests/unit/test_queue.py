@@ -451,6 +451,37 @@ def test_descriptors_are_read_once(memory: GuestMemory) -> None:
     queue.release()
 
 
+class CountingMemory(GuestMemory):
+    __slots__ = ("views",)
+    views: int
+
+    def view(self, gpa: int, size: int) -> memoryview:
+        self.views = getattr(self, "views", 0) + 1
+        return super().view(gpa, size)
+
+
+def test_a_loop_is_walked_no_further_than_the_queue_is_long(memory: GuestMemory) -> None:
+    """Otherwise a guest could keep the device busy for as long as it likes."""
+    counting = CountingMemory(list(memory.regions))
+    driver = MockDriver(counting, 8)
+    queue = make_queue(counting, 8)
+    for i in range(8):
+        driver.descriptor(i, BUFFERS, 1, NEXT if i < 7 else 0, i + 1)
+    offer(driver)
+    chain = queue.pop()
+    assert chain is not None
+    assert len(chain.readable) == 8  # as long as the queue is allowed
+    queue.push(0, 0)
+    driver.descriptor(7, BUFFERS, 1, NEXT, 0)
+    offer(driver)
+    counting.views = 0
+    with pytest.raises(GuestError, match="loops"):
+        queue.pop()
+    assert counting.views == 8
+    del chain
+    queue.release()
+
+
 def test_release_lets_go_of_guest_memory() -> None:
     memory = make_memory()
     queue = make_queue(memory, 8)
