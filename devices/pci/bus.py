@@ -11,12 +11,16 @@ import threading
 from devices.board import Board
 from devices.bus import Bus
 from devices.pci.bars import BarMap
-from devices.pci.config import CONFIG_SIZE, EXTENDED_CONFIG_SIZE
+from devices.pci.config import EXTENDED_CONFIG_SIZE
 from devices.pci.function import PciFunction
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_PORTS = 8
 CONFIG_ENABLE = 1 << 31
+# What the address register keeps. Bits 27 to 24 are reserved by PCI; AMD made them bits 11 to 8 of the
+# register number (BKDG family 10h, IoCfgAddr), and Linux uses that for extended registers on AMD.
+# Were they ignored, it would find the ordinary registers there a second time.
+ADDRESS_BITS = 0x8FFFFFFC
 SLOTS = 32
 ECAM_SIZE = SLOTS * 8 * EXTENDED_CONFIG_SIZE  # bus 0 only: 1 MiB
 
@@ -124,13 +128,13 @@ class ConfigPorts:
     def write(self, offset: int, size: int, value: int) -> None:
         with self._bus.lock:
             if offset == 0 and size == 4:
-                self.address = value & 0x80FFFFFC  # reserved bits and the low two read back as zero
+                self.address = value & ADDRESS_BITS
             elif offset >= 4 and offset + size <= CONFIG_PORTS and self.address & CONFIG_ENABLE:
                 bus, devfn, register = self._target(offset)
                 self._bus.config_write(bus, devfn, register, size, value)
 
     def _target(self, offset: int) -> tuple[int, int, int]:
-        register = self.address & (CONFIG_SIZE - 4) | offset & 3
+        register = self.address >> 16 & 0xF00 | self.address & 0xFC | offset & 3
         return self.address >> 16 & 0xFF, self.address >> 8 & 0xFF, register
 
 

@@ -106,9 +106,9 @@ class PciFunction:
     def plugged(self, slot: int, bar_map: BarMap, board: Board) -> None:
         """Do what firmware would: assign addresses and the interrupt line. Called by the bus, its lock held.
 
-        Decoding stays off as after a reset. Operating systems turn it on when a driver binds; were it on
-        already, Linux would switch it off and on for each BAR it sizes, and each time every kick would be
-        registered anew.
+        Decoding stays off as after a reset: operating systems turn it on when a driver binds. Were it on
+        already, Linux would switch it off and on again for each BAR it sizes, and each time the kicks would
+        be registered anew, which takes the kernel milliseconds each (an RCU grace period).
         """
         with self.lock:
             self._bar_map = bar_map

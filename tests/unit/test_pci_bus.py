@@ -27,7 +27,7 @@ def test_linux_finds_mechanism_1_and_a_host_bridge(guest: Any) -> None:
 
 def test_only_dword_writes_reach_the_address_register(guest: Any) -> None:
     guest.pio.write(0xCF8, 4, 0xFFFFFFFF)
-    assert guest.pio.read(0xCF8, 4) == 0x80FFFFFC
+    assert guest.pio.read(0xCF8, 4) == 0x8FFFFFFC
     guest.pio.write(0xCF8, 4, 0x80000800)
     for port, size in ((0xCF8, 1), (0xCF8, 2), (0xCF9, 1), (0xCFA, 2), (0xCFB, 1), (0xCFA, 4), (0xCF8, 8)):
         guest.pio.write(port, size, 0)
@@ -44,6 +44,14 @@ def test_data_port_gives_bytes_and_words(guest: Any) -> None:
     guest.pio.write(0xCF8, 4, 0x8000083C)
     guest.pio.write(0xCFC, 1, 0x42)
     assert guest.pio.read(0xCFC, 4) & 0xFF == 0x42
+
+
+def test_extended_registers_by_mechanism_1_as_on_amd(guest: Any) -> None:
+    guest.plug(make())
+    guest.pio.write(0xCF8, 4, 0x81000800)
+    assert guest.pio.read(0xCFC, 4) == 0
+    guest.pio.write(0xCF8, 4, 0x8F0008FC)
+    assert guest.pio.read(0xCFC, 4) == 0
 
 
 def test_without_the_enable_bit_nothing_answers(guest: Any) -> None:
