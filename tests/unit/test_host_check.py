@@ -29,8 +29,10 @@ def host(folder: Path, flags: str, *modules: str) -> check.KvmFlavour:
         ("", ["kvm_pvm", "kvm_intel"], "pvm"),
         ("vmx", ["kvm_pvm/initstate"], "pvm"),
         ("vmx", ["kvm_pvm", "kvm_intel"], "vmx"),
-        ("vmx", [], "unknown"),
-        ("", ["kvm_intel"], "unknown"),
+        ("vmx", [], "vmx"),  # no /sys, as in some containers
+        ("svm", ["kvm_pvm"], "pvm"),
+        ("", [], "pvm"),
+        ("", ["kvm_intel"], "pvm"),
     ],
 )
 def test_flavour(tmp_path: Path, flags: str, modules: list[str], flavour: str) -> None:
@@ -42,6 +44,11 @@ def test_no_kvm_no_flavour(tmp_path: Path) -> None:
     found = check.check_kvm(str(tmp_path / "none"))
     assert found.level == "error" and "is missing" in found.detail and found.advice
     assert not check.can_run([found])
+
+
+def test_unknown_flavour(tmp_path: Path) -> None:
+    (tmp_path / "kvm").touch()
+    assert check.kvm_flavour(str(tmp_path / "none"), str(tmp_path), str(tmp_path / "kvm")) == "unknown"
 
 
 def test_what_is_not_kvm() -> None:

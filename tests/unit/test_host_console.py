@@ -4,9 +4,11 @@ import fcntl
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -172,6 +174,7 @@ def test_beyond_the_limit_the_oldest_goes_and_it_says_so(pipe: tuple[int, int]) 
             == b"\r\n[vmrun: 400 bytes of console output lost]\r\n" + b"a" * 200 + b"b" * 700 + b"c" * 100
         )
         console.write(b"d")
+        assert readable(console.wake_fd)
         console.on_wake()
         assert drain(read_end) == b"d"
 
@@ -202,9 +205,20 @@ def test_last_output_reaches_a_reader_that_comes_late() -> None:
         assert child.wait() == 0
 
 
-def test_last_output_to_a_socket() -> None:
-    import socket
+def test_a_socket_that_is_full_is_not_waited_for() -> None:
+    ours, theirs = socket.socketpair()  # blocking, and not to be opened anew
+    with ours, open(os.devnull, "rb") as null, theirs, Console(null.fileno(), theirs.fileno()) as console:
+        console.write(bytes(1 << 20))
+        console.on_wake()
+        while select.select([], [console.output_fd], [], 0)[1]:
+            console.on_output_ready()
+        assert console.pending_output
+        ours.close()
+        console.on_output_ready()
+        assert not console.pending_output
 
+
+def test_last_output_to_a_socket() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         program = "with Console() as console: console.write(b'x' * 5000)"
@@ -259,8 +273,6 @@ def test_closed_standard_files() -> None:
 
 
 def test_writers_in_threads_lose_nothing(pipe: tuple[int, int]) -> None:
-    import threading
-
     read_end, write_end = pipe
     received = bytearray()
     with Console(read_end, write_end) as console:

@@ -40,7 +40,7 @@ def boot(
     initrd: Annotated[Path | None, typer.Option(help="An initramfs.", show_default=False)] = None,
     append: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="The kernel's command line, or more of it with the kit's."),
+        typer.Option(metavar="TEXT", help="The kernel's command line; added to the kit's when that is used."),
     ] = None,
     mem: Annotated[str, typer.Option("--mem", metavar="SIZE", help="Memory, as in 128M or 1.5G.")] = "128M",
     cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,

@@ -16,7 +16,7 @@ MARKS = {
     "ok": "[green]ok[/]",
     "info": "[dim]-[/]",
     "warning": "[yellow]warning[/]",
-    "error": "[red]missing[/]",
+    "error": "[red]no[/]",
 }
 
 

@@ -35,18 +35,20 @@ def kvm_flavour(
     """
     if not os.path.exists(device):
         return "none"
+    # Only one of the three modules can serve /dev/kvm. kvm_pvm as a loaded module (it has an initstate) does:
+    # had another been first, loading it would have failed. A module built into the kernel is listed in any
+    # case.
+    if os.path.exists(f"{modules}/kvm_pvm/initstate"):
+        return "pvm"
     flags = cpu_flags(cpuinfo)
-    vmx = "vmx" in flags and os.path.exists(f"{modules}/kvm_intel")
-    svm = "svm" in flags and os.path.exists(f"{modules}/kvm_amd")
-    if os.path.exists(f"{modules}/kvm_pvm"):
-        # Only one of the three can serve /dev/kvm. A loaded module (it has an initstate) that could not would
-        # not have stayed; one built into the kernel is listed whether it serves or not.
-        loaded = os.path.exists(f"{modules}/kvm_pvm/initstate")
-        if loaded or not (vmx or svm):
-            return "pvm"
-    if vmx:
+    if not flags:
+        return "unknown"
+    pvm_is_built_in = os.path.exists(f"{modules}/kvm_pvm")
+    if "vmx" in flags and (os.path.exists(f"{modules}/kvm_intel") or not pvm_is_built_in):
         return "vmx"
-    return "svm" if svm else "unknown"
+    if "svm" in flags and (os.path.exists(f"{modules}/kvm_amd") or not pvm_is_built_in):
+        return "svm"
+    return "pvm"  # a KVM, and no hardware for the others
 
 
 def cpu_flags(cpuinfo: str = "/proc/cpuinfo") -> frozenset[str]:

@@ -18,6 +18,7 @@ from devices.platform.cmos import Cmos
 from devices.platform.debug_exit import DebugExit
 from devices.platform.i8042 import I8042
 from devices.platform.post import PostCodes
+from devices.platform.pvpanic import PvPanic
 from devices.platform.uart import Uart
 from devices.vhost.frontend import VhostUserDevice
 from devices.vhost.messages import ProtocolError
@@ -43,6 +44,10 @@ from vmrun.machine.vcpu import GuestHalted, VcpuThread, allow_kicks, set_boot_st
 
 BLK_QUEUES = (256,)
 NET_QUEUES = (256, 256)  # receive, transmit
+SOFTWARE_KVM_NOTE = (
+    "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), and vmrun finishes what it "
+    "leaves undone; programs run at full speed. See `vmrun doctor`"
+)
 STOP_SECONDS = 5.0  # how long a vCPU thread may take to leave the guest
 DEAD_WORKER_SECONDS = 2.0  # how long a broken channel may precede the news of its worker's death
 
@@ -150,6 +155,7 @@ class Machine:
             lambda value: self.end(value & 0xFF, f"the guest wrote {value} to its debug exit")
         )
         pio.insert(layout.DEBUG_EXIT_PORT, 1, debug_exit)
+        self.pci.plug(PvPanic(lambda: self.end(EXIT_PANIC, "the guest's kernel panicked")))
 
     def _plug_worker(self, worker: Worker) -> None:
         """Shake hands with `worker` and plug the device that it serves. UserError when its disk image is to
@@ -189,11 +195,7 @@ class Machine:
     def run(self, timeout: float | None = None) -> Outcome:
         """Let the machine live; returns when it has ended and no vCPU runs any more."""
         if self._software_kvm:
-            print(
-                "vmrun: this KVM has no VMX or SVM: the guest's kernel is interpreted (slow), its programs are not; "
-                "see `vmrun doctor`",
-                file=sys.stderr,
-            )
+            print(SOFTWARE_KVM_NOTE, file=sys.stderr)
         allow_kicks()
         before = {
             number: signal.signal(number, self._signalled) for number in (signal.SIGINT, signal.SIGTERM)

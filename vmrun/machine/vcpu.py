@@ -151,7 +151,8 @@ class VcpuThread:
                 return f"KVM cannot emulate the instruction {code or '(unknown)'} {where}"
             return f"KVM internal error {failure.suberror} {where}"
         if reason == abi.KVM_EXIT_FAIL_ENTRY:
-            return f"KVM cannot enter the guest (hardware reason {vcpu.fail_entry.hardware_entry_failure_reason:#x}) {where}"
+            why = vcpu.fail_entry.hardware_entry_failure_reason
+            return f"KVM cannot enter the guest (hardware reason {why:#x}) {where}"
         return f"unexpected KVM exit {reason} {where}"
 
 
