@@ -1,10 +1,11 @@
-"""The demo: a Linux guest with a qcow2 root and a network card, doing what a guest does, and the proof that it did.
+"""The demo: a Linux guest with a qcow2 root and a network card, doing what a guest does, and the proof that
+it did.
 
     .venv/bin/python scripts/demo.py        (as root; `make demo` sets everything up first)
 
-A copy of the guest kit's disk is booted with `vmrun boot`; the guest's /etc/vmrun/demo prints its kernel, writes a file,
-answers our pings, fetches a page from a web server here, and powers off. Then the image is checked, and the file is
-read out of it.
+A copy of the guest kit's disk is booted with `vmrun boot`; the guest's /etc/vmrun/demo prints its kernel,
+writes a file, answers our pings, fetches a page from a web server here, and powers off. Then the image is
+checked, and the file is read out of it.
 """
 
 import http.server
@@ -59,7 +60,9 @@ def start_web_server() -> http.server.HTTPServer:
 
 
 def boot(disk: Path, port: int, cpus: int) -> tuple[int, bool]:
-    """Run the guest, its console on our stdout; returns vmrun's exit code and whether the pings were answered."""
+    """Run the guest, its console on our stdout; returns vmrun's exit code and whether the pings were
+    answered.
+    """
     words = f"vmrun.ip={GUEST}/24 vmrun.fetch=http://{HOST}:{port}/ vmrun.run=/etc/vmrun/demo"
     command = [sys.executable, "-m", "vmrun", "boot", "--disk", f"{disk},format=qcow2", "--mem", "128M"]
     command += ["--nic", f"{TAP},ip={HOST}/24", "--cpus", str(cpus), "--append", words]

@@ -88,6 +88,8 @@ class Connection:
             self._channel.close()
 
     def _send(self, request: int, payload: bytes, fds: Sequence[int] = (), flags: int = 0) -> None:
+        if self._channel.fileno() < 0:
+            raise EOFError("the connection is closed")
         try:
             self._channel.send(request, payload, fds, flags, self._timeout)
         except (EOFError, OSError):

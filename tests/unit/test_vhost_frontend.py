@@ -446,6 +446,37 @@ def test_config_change_with_a_reply_wanted() -> None:
         assert failures == []
 
 
+def test_config_that_changes_while_it_is_fetched_is_not_kept() -> None:
+    """Also: the main loop goes on while a vCPU thread waits for the back end."""
+    with faked() as (peer, make, board, failures):
+        device = make()
+        assert peer.requests is not None
+        requests = peer.requests
+
+        def change_then_answer(channel: Channel, message: Message) -> None:
+            requests.send(BackendRequest.CONFIG_CHANGE_MSG)
+            assert board.turn()
+            peer.reply(message, message.payload[:-1] + b"o")
+            peer.answers[Request.GET_CONFIG] = new_answer
+
+        def new_answer(channel: Channel, message: Message) -> None:
+            peer.reply(message, message.payload[:-1] + b"n")
+
+        requests.send(BackendRequest.CONFIG_CHANGE_MSG)
+        assert board.turn()
+        peer.answers[Request.GET_CONFIG] = change_then_answer
+        assert device.read_config(31, 1) == b"o"
+        assert device.read_config(31, 1) == b"n"
+        assert failures == []
+
+
+def test_a_ring_is_kicked_when_it_starts() -> None:
+    with faked() as (_, make, _, _), toy_events() as events:
+        device = make()
+        device.activate(TOY_FEATURES, drivers(device), events)
+        assert readable(events.kicks[0], 0)
+
+
 BAD_REQUESTS = [
     HEADER.pack(3, VERSION, 24) + bytes(24),
     HEADER.pack(2, VERSION | REPLY, 0),
@@ -530,7 +561,8 @@ def test_random_answers(data: st.DataObject) -> None:
     with guest_memory() as memory, toy_events() as events:
         board = ToyBoard()
         try:
-            device = connect(ours, memory, board, failures)
+            # Half a message is waited for; a timeout here is as good an answer as any.
+            device = connect(ours, memory, board, failures, timeout=0.05)
         except ProtocolError as error:
             assert str(error).startswith("toy0: ")
         else:
@@ -571,7 +603,7 @@ def test_closing_wakes_a_thread_that_waits() -> None:
 
 
 def test_user_addresses_are_not_ours() -> None:
-    """What the back end is told of memory: guest addresses, file offsets, and names that mean nothing here."""
+    """What the back end is told of memory: guest addresses, file offsets, names that mean nothing here."""
     tables: list[bytes] = []
 
     def keep(channel: Channel, message: Message) -> None:

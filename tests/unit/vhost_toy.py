@@ -122,7 +122,7 @@ class ToyDevice:
 
 
 class ToyDriver:
-    """The driver's side of one split queue at `base`: all three parts in a page, buffers in the pages after."""
+    """The driver's side of one split queue at `base`: its parts in one page, buffers in those after."""
 
     def __init__(self, memory: GuestMemory, index: int, base: int, size: int = 8) -> None:
         self.memory = memory

@@ -76,9 +76,10 @@ class VcpuThread:
     def stop(self) -> None:
         """Ask the thread to end at the next exit, and force that exit. Any thread."""
         self._stopping = True  # before the kick: the thread looks after it
-        self._kick()
+        self.kick()
 
-    def _kick(self) -> None:
+    def kick(self) -> None:
+        """Make the guest exit to us soon, for whatever reason there is. Any thread."""
         if self._thread.ident is not None and self._thread.is_alive():
             self.vcpu.header.immediate_exit = 1
             signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
