@@ -64,7 +64,8 @@ class ElfKernel:
         for segment in self.segments:
             if ram_end(memory, segment.address) < segment.address + segment.memory_size:
                 raise UserError(
-                    f"{self.image.name}: needs at least {-(-self.end // _MIB)} MiB of memory; give --mem more",
+                    f"{self.image.name}: needs at least {-(-self.end // _MIB)} MiB of memory; "
+                    "give --mem more",
                     EXIT_IMAGE,
                 )
             view = memory.view(segment.address, segment.file_size)

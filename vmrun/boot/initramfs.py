@@ -21,7 +21,7 @@ _CHUNK = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """`size` bytes at `offset` of `image`, for `position` of the stream; zeroes fill what pieces leave out."""
+    """`size` bytes at `offset` of `image` go to `position` of the stream; zeroes fill the gaps."""
 
     image: Image
     offset: int
@@ -48,6 +48,8 @@ def unpack(image: Image, limit: int) -> Initramfs:
     """
     pieces: list[Piece] = []
     size = 0
+    if limit <= 0:  # the kernel fills the memory
+        raise _does_not_fit(image, limit)
     offset = _skip_zeroes(image, 0)
     while offset < image.size:
         head = image.read(offset, 8)
@@ -92,8 +94,8 @@ def _decompress(image: Image, offset: int, method: str, limit: int) -> tuple[Ima
 
 def _does_not_fit(image: Image, limit: int) -> UserError:
     return UserError(
-        f"{image.name}: decompressed, it does not fit into the {max(limit, 0) >> 20} MiB of memory left for it; "
-        "give --mem more",
+        f"{image.name}: decompressed, it does not fit into the {max(limit, 0) >> 20} MiB of memory "
+        "that the kernel leaves; give --mem more",
         EXIT_IMAGE,
     )
 

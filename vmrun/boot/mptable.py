@@ -15,7 +15,6 @@ from vmrun.machine.layout import (
     IOAPIC_ADDRESS,
     LAPIC_ADDRESS,
     MP_FLOATING_POINTER_START,
-    MP_TABLE_END,
     MP_TABLE_START,
 )
 
@@ -50,11 +49,8 @@ _HEADER = struct.Struct("<4sHBB8s12sIHHIHBB")
 
 
 def write(memory: GuestMemory, cpus: int) -> None:
-    """Write floating pointer and configuration table for `cpus` CPUs with APIC identifiers from 0 on."""
-    table = build(cpus)
-    if MP_TABLE_START + len(table) > MP_TABLE_END:
-        raise ValueError(f"an MP table for {cpus} CPUs takes {len(table)} bytes")
-    memory.write(MP_TABLE_START, table)
+    """Write floating pointer and table for `cpus` CPUs (1 to 254) with APIC identifiers from 0."""
+    memory.write(MP_TABLE_START, build(cpus))
     pointer = struct.pack("<4sIBBB5x", b"_MP_", MP_TABLE_START, 1, _SPECIFICATION, 0)
     memory.write(MP_FLOATING_POINTER_START, _with_checksum(pointer, 10))
     memory.write(EBDA_START, b"\x01")  # its size in KiB
