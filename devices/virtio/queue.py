@@ -71,6 +71,7 @@ class SplitQueue:
     """
 
     __slots__ = (
+        "_announced",
         "_available",
         "_descriptors",
         "_indirect",
@@ -120,6 +121,8 @@ class SplitQueue:
         self.size = size
         self.next_avail = next_avail
         self.next_used = next_used
+        # Of a queue that goes on where another process left it, nobody knows whether the last was announced.
+        self._announced = -1 if next_avail or next_used else 0
         self.in_flight: set[int] = set()
         self._mask = size - 1
         self._indirect = indirect
@@ -227,14 +230,19 @@ class SplitQueue:
         self._used[1] = position
 
     def interrupt_wanted(self) -> bool:
-        """Whether the driver wants to hear of what was pushed. Ask after the last push of a batch, then
-        signal the call fd.
+        """Whether the driver wants to hear of what was pushed since the last time that this said so. Ask
+        after the last push of a batch, then signal the call fd.
 
         The driver clears NO_INTERRUPT and then looks at used.idx again; we wrote used.idx and look at the
         flag now. The fence sees to it that at least one of the two notices.
         """
+        if self.next_used == self._announced:
+            return False
         full_fence()
-        return not self._available[0] & VRING_AVAIL_F_NO_INTERRUPT
+        if self._available[0] & VRING_AVAIL_F_NO_INTERRUPT:
+            return False
+        self._announced = self.next_used
+        return True
 
     def release(self) -> None:
         """Let go of guest memory; the queue is of no use afterwards. Chains still held keep their own

@@ -202,11 +202,28 @@ def test_pushing_what_was_not_popped_is_our_bug(driver: MockDriver, queue: Split
 
 
 def test_interrupt_suppression(driver: MockDriver, queue: SplitQueue) -> None:
+    def use_one() -> None:
+        driver.add([(BUFFERS, 1, 0)], None)
+        chain = queue.pop()
+        assert chain is not None
+        queue.push(chain.head, 0)
+
+    assert not queue.interrupt_wanted()  # nothing was used
+    use_one()
     assert queue.interrupt_wanted()
+    assert not queue.interrupt_wanted()  # said already
     driver.set_flags(1)
+    use_one()
     assert not queue.interrupt_wanted()
     driver.set_flags(0xFFFE)
     assert queue.interrupt_wanted()
+
+
+def test_a_queue_that_goes_on_announces_once(memory: GuestMemory, driver: MockDriver) -> None:
+    """The process that served it before may have died between its last push and the interrupt."""
+    taken_over = make_queue(memory, 8, start=5)
+    assert taken_over.interrupt_wanted()
+    assert not taken_over.interrupt_wanted()
 
 
 def test_whole_ring_at_once(memory: GuestMemory, driver: MockDriver, queue: SplitQueue) -> None:
