@@ -16,6 +16,7 @@ from devices.worker.sandbox import package_root
 
 FIRST_FD = 3
 MAX_STDERR = 4096
+STUB = "import sys; sys.path[0:0] = [{root!r}]\nfrom devices.worker.main import main; main()"
 # glibc of some Python builds is found through the first; the second is the debugging switch.
 PASSED_ENVIRONMENT = ("LD_LIBRARY_PATH", "VMRUN_DEBUG")
 # How long a killed process may take to be gone: it may sit in uninterruptible I/O.
@@ -157,7 +158,7 @@ def launch(kind: str, name: str, arguments: Mapping[str, str], fds: Mapping[str,
 
 
 def _spawn(kind: str, name: str, words: list[str], actions: list[tuple[int, int, int]]) -> int:
-    stub = f"import sys; sys.path[0:0] = [{package_root()!r}]\nfrom devices.worker.main import main; main()"
+    stub = STUB.format(root=package_root())
     command = [sys.executable, "-I", "-S", "-c", stub, kind, name, f"parent={os.getpid()}", *words]
     environment = {key: os.environ[key] for key in PASSED_ENVIRONMENT if key in os.environ}
     # SIGTERM and SIGINT as a worker expects them, whatever the VMM blocks or ignores.

@@ -47,15 +47,18 @@ EXIT_IMAGE = 66
 # The descriptor each kind needs beside the channel.
 KINDS = {"blk": "image", "net": "tap"}
 MAX_MESSAGE = 1000
+# A guest may break a ring again and again: the pipe must keep room for what the worker has to say at its end.
+MAX_REPORTS = 32
 
 
 class Complaint:
     """Says what went wrong, on stderr, one line at a time, in the worker's name."""
 
-    __slots__ = ("_name", "debug")
+    __slots__ = ("_name", "_reports", "debug")
 
     def __init__(self, name: str, debug: bool) -> None:
         self._name = name
+        self._reports = 0
         self.debug = debug
 
     def say(self, text: str) -> None:
@@ -77,6 +80,12 @@ class Complaint:
             import traceback  # `rehearse` has imported it before the sandbox
 
             os.write(2, "".join(traceback.format_exception(error)).encode("utf-8", "backslashreplace"))
+
+    def report(self, text: str) -> None:
+        """What the guest did wrong: said, but not for ever."""
+        self._reports += 1
+        if self._reports <= MAX_REPORTS:
+            self.say(text)
 
     def fatal(self, text: str) -> NoReturn:
         """For the rings' threads: the process ends here and now."""
@@ -177,7 +186,7 @@ def serve(options: Options, complaint: Complaint) -> None:
     if complaint.debug:
         for layer, why in refused:
             complaint.say(f"sandbox without {layer}: {why}")
-    server = RingServer(open_device(options), complaint.say, complaint.fatal)
+    server = RingServer(open_device(options), complaint.report, complaint.fatal)
     try:
         Backend(Channel(sock), server).serve()
     finally:

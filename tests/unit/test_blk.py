@@ -2,7 +2,8 @@
 
 import errno
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -21,7 +22,7 @@ IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 
 
 class MemoryImage(Image):
-    """A disk in a bytearray that keeps a record; `failure` is raised by every operation."""
+    """A disk in a bytearray that keeps a record; every operation raises `failure()`."""
 
     def __init__(self, read_only: bool = False) -> None:
         self.data = bytearray(bytes(range(256)) * 2 * SECTORS)
@@ -29,13 +30,13 @@ class MemoryImage(Image):
         self.read_only = read_only
         self.block_size = 4096
         self.discard_granularity = 65536
-        self.failure: Exception | None = None
+        self.failure: Callable[[], Exception] | None = None
         self.record: list[str] = []
 
     def _note(self, what: str) -> None:
         self.record.append(what)
         if self.failure is not None:
-            raise self.failure
+            raise self.failure()
 
     def readv(self, offset: int, buffers: list[memoryview]) -> None:
         self._note("read")
@@ -197,8 +198,8 @@ def test_unknown_requests(disk: Disk, kind: int) -> None:
     assert disk.request(kind, 0, [bytes(512)], [512]) == (UNSUPP, 1, b"\xee" * 512)
 
 
-@pytest.mark.parametrize("failure", [OSError(errno.EIO, "bad disk"), ImageError("bad image")])
-def test_failures_are_the_requests_own(disk: Disk, failure: Exception) -> None:
+@pytest.mark.parametrize("failure", [lambda: OSError(errno.EIO, "bad disk"), lambda: ImageError("bad image")])
+def test_failures_are_the_requests_own(disk: Disk, failure: Callable[[], Exception]) -> None:
     disk.image.failure = failure
     assert disk.request(IN, 0, [], [512])[:2] == (IOERR, 1)
     assert disk.request(OUT, 0, [bytes(512)], [])[:2] == (IOERR, 1)
@@ -242,14 +243,14 @@ def test_any_layout(cuts: list[int], write: bool, with_status: bool) -> None:
         if write:
             message = header(OUT, 3) + payload
             edges = [0, *sorted({cut for cut in cuts if cut < len(message)}), len(message)]
-            readable = [message[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+            readable = [message[start:end] for start, end in pairwise(edges)]
             assert disk.raw(readable, [1]) == (OK, 1, b"")
             assert disk.image.data[3 * 512 : 5 * 512] == payload
         else:
             disk.image.data[3 * 512 : 5 * 512] = payload
             size = 1025 if with_status else 1024
             edges = [0, *sorted({cut for cut in cuts if cut < size}), size]
-            writable = [end - start for start, end in zip(edges, edges[1:], strict=False)]
+            writable = [end - start for start, end in pairwise(edges)]
             message = header(IN, 3)
             readable = [message[: cuts[0] % 16], message[cuts[0] % 16 :]] if cuts else [message]
             assert disk.raw(readable, writable if with_status else [*writable, 1]) == (OK, 1025, payload)

@@ -35,7 +35,7 @@ def call(number, *arguments):
 {before}
 report["refused"] = sandbox.enter({keep}, {parent})
 {after}
-os.write(1, json.dumps(report).encode())
+os.write(1, json.dumps(report, default=str).encode())
 os._exit(0)
 """
 
