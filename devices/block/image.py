@@ -31,20 +31,23 @@ class Image:
     discard_granularity: int  # bytes: a smaller or unaligned discard frees nothing
 
     def readv(self, offset: int, buffers: list[memoryview]) -> None:
-        """Fill all `buffers` from byte `offset`. They may be guest memory: what is in them is never read
-        back.
+        """Fill all `buffers` from byte `offset`.
+
+        They may be guest memory: what is in them is never read back.
         """
         raise NotImplementedError
 
     def writev(self, offset: int, buffers: list[memoryview]) -> None:
-        """Write all `buffers` at byte `offset`. The guest may change them meanwhile: they go to data and
-        nowhere else.
+        """Write all `buffers` at byte `offset`.
+
+        The guest may change them meanwhile: they go to data and nowhere else.
         """
         raise NotImplementedError
 
     def discard(self, offset: int, size: int) -> None:
-        """The guest no longer wants these bytes. They may read as zeroes or unchanged, but never as older
-        data.
+        """The guest no longer wants these bytes.
+
+        They may read as zeroes or unchanged, but never as older data.
         """
         raise NotImplementedError
 
@@ -57,8 +60,9 @@ class Image:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Flush if writable, then close the descriptor, also when the flush failed. A second call does
-        nothing.
+        """Flush if writable, then close the descriptor, also when the flush failed.
+
+        A second call does nothing.
         """
         raise NotImplementedError
 

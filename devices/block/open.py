@@ -1,5 +1,6 @@
-"""From a stated format to an image. Worker process. The format is never probed: a guest can write any magic
-it likes.
+"""From a stated format to an image.
+
+Worker process. The format is never probed: a guest can write any magic it likes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from devices.errors import ImageError
 
 
 def open_image(fmt: str, fd: int, read_only: bool, backing: Image | None = None) -> Image:
-    """The image in `fd`, whose owner it becomes, as it does of `backing`. After an error both stay the
-    caller's.
+    """The image in `fd`, whose owner it becomes, as it does of `backing`.
+
+    After an error both stay the caller's.
     """
     if fmt == "qcow2":
         return Qcow2Image(fd, read_only, backing)

@@ -197,8 +197,9 @@ class Qcow2Image(Image):
         self._map.replace(offset, 1, host - head | COPIED)
 
     def _write_new(self, offset: int, buffers: list[memoryview], size: int, kind: int) -> int:
-        """Write to clusters that must be allocated first, as many as there are in a row. Returns the bytes
-        written.
+        """Write to clusters that must be allocated first, as many as there are in a row.
+
+        Returns the bytes written.
         """
         file = self._file
         cluster_size = file.cluster_size

@@ -32,8 +32,9 @@ def create_qcow2(
     backing_file: str | None = None,
     backing_format: str | None = None,
 ) -> None:
-    """Make the empty regular file `fd` a qcow2 image of `size` bytes, durably. ImageError for values that
-    cannot be.
+    """Make the empty regular file `fd` a qcow2 image of `size` bytes, durably.
+
+    ImageError for values that cannot be.
 
     The header is written last: a file this was interrupted in is not a qcow2 image.
     """

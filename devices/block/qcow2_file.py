@@ -6,35 +6,38 @@ data is ever written over one, whatever the tables of a hostile image say.
 
 from __future__ import annotations
 
-import array
+import ctypes
 import errno
 import os
 import stat
-import sys
 
 from devices.block.qcow2_header import MAX_HOST_CLUSTERS
 from devices.block.transfer import read_into, write_from
 from devices.errors import ImageError
+
+# ctypes makes this one for big-endian structures; it swaps an entry when it is looked at, not the whole
+# table.
+_u64_be = ctypes.c_uint64.__ctype_be__
 
 
 class CorruptImage(ImageError):
     """The metadata contradict themselves: an image that is written to on top of that only gets worse."""
 
 
-def read_entries(raw: bytes | bytearray) -> array.array[int]:
-    """Big-endian 64-bit table entries as integers."""
-    entries = array.array("Q", bytes(raw))
-    if sys.byteorder == "little":
-        entries.byteswap()
-    return entries
+class EntryTable:
+    """A table of big-endian 64-bit entries: `entries` are the numbers, `data` the same memory as it is on
+    disk.
+    """
 
+    __slots__ = ("data", "entries")
 
-def entry_bytes(entries: array.array[int]) -> bytes:
-    """The reverse of `read_entries`."""
-    copy = array.array("Q", entries)
-    if sys.byteorder == "little":
-        copy.byteswap()
-    return copy.tobytes()
+    def __init__(self, data: bytearray) -> None:
+        self.data = data
+        self.entries: ctypes.Array[ctypes.c_uint64] = (_u64_be * (len(data) // 8)).from_buffer(data)
+
+    def extended(self, count: int) -> EntryTable:
+        """A copy with `count` more entries, all 0."""
+        return EntryTable(self.data + bytes(8 * count))
 
 
 class Qcow2File:
@@ -53,8 +56,9 @@ class Qcow2File:
         self._sync_failed = False
 
     def claim(self, offset: int, size: int, what: str) -> None:
-        """Remember [offset, offset + size) as metadata. CorruptImage when another table is there or the file
-        ends before.
+        """Remember [offset, offset + size) as metadata.
+
+        CorruptImage when another table is there or the file ends before.
         """
         first = offset >> self.cluster_bits
         last = (offset + size - 1) >> self.cluster_bits

@@ -1,5 +1,6 @@
-"""The qcow2 header: read, checked, and never believed (QEMU docs/interop/qcow2.txt, "Header"). VMM and
-worker.
+"""The qcow2 header: read, checked, and never believed (QEMU docs/interop/qcow2.txt, "Header").
+
+VMM and worker.
 
 Every number in it comes from whoever made the image. `Header` is what is left after all checks that need
 nothing but the header itself and the size of the file.

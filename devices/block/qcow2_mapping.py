@@ -18,13 +18,13 @@ tables agree.
 
 from __future__ import annotations
 
-from devices.block.qcow2_file import CorruptImage, Qcow2File, entry_bytes, read_entries
+from devices.block.qcow2_file import CorruptImage, EntryTable, Qcow2File
 from devices.block.qcow2_header import L1_SIZE_FIELD, Header, l1_entries
 from devices.block.qcow2_refcounts import Refcounts
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import array
+    import ctypes
     from collections.abc import Iterator
 
 # Table entries. Bits 9 to 55 are the host offset, of an L2 table or of a data cluster.
@@ -49,15 +49,17 @@ PENDING_LIMIT = 4096
 
 
 class L2Table:
-    """One L2 table in memory. Entries [first, last) differ from the file; `new`: no L1 entry on disk points
-    to it.
+    """One L2 table in memory.
+
+    Entries [first, last) differ from the file; `new`: no L1 entry on disk points to it.
     """
 
-    __slots__ = ("entries", "first", "last", "new", "offset", "referenced")
+    __slots__ = ("data", "entries", "first", "last", "new", "offset", "referenced")
 
-    def __init__(self, offset: int, entries: array.array[int], new: bool) -> None:
+    def __init__(self, offset: int, table: EntryTable, new: bool) -> None:
         self.offset = offset
-        self.entries = entries
+        self.data = table.data
+        self.entries = entries = table.entries
         self.new = new
         self.referenced = True
         self.first = 0 if new else len(entries)
@@ -96,17 +98,18 @@ class ClusterMap:
         size = header.l1_size * 8
         if size:
             file.claim(self._l1_offset, size, "L1 table")
-        self._l1 = read_entries(file.read(self._l1_offset, size, "L1 table"))
-        for entry in self._l1:
+        l1 = EntryTable(file.read(self._l1_offset, size, "L1 table"))
+        for entry in l1.entries:
             if entry:
                 offset = entry & OFFSET_MASK
                 if entry & L1_RESERVED or not offset or offset & (file.cluster_size - 1):
                     raise CorruptImage(f"the qcow2 L1 entry {entry:#x} makes no sense")
                 file.claim(offset, file.cluster_size, "L2 table")
         # Entries that the file has no room for stay 0 until `_grow_l1`.
-        missing = l1_entries(header.size, file.cluster_bits) - len(self._l1)
+        missing = l1_entries(header.size, file.cluster_bits) - header.l1_size
         if missing > 0:
-            self._l1.extend([0] * missing)
+            l1 = l1.extended(missing)
+        self._l1: ctypes.Array[ctypes.c_uint64] = l1.entries
         self._l1_dirty: set[int] = set()
         self._tables: dict[int, L2Table] = {}
         self._dirty: set[int] = set()
@@ -123,9 +126,8 @@ class ClusterMap:
             return None
         self._make_room()
         offset = entry & OFFSET_MASK
-        table = L2Table(
-            offset, read_entries(self._file.read(offset, self._file.cluster_size, "L2 table")), False
-        )
+        data = self._file.read(offset, self._file.cluster_size, "L2 table")
+        table = L2Table(offset, EntryTable(data), False)
         self._tables[l1_index] = table
         return table
 
@@ -238,15 +240,6 @@ class ClusterMap:
         """How many clusters from guest `offset` share one L2 table: what one `replace` may change."""
         return self._index_mask + 1 - (offset >> self._file.cluster_bits & self._index_mask)
 
-    def has_table(self, offset: int) -> bool:
-        return bool(self._l1[offset >> (self._file.cluster_bits + self._l2_bits)])
-
-    def entry(self, offset: int) -> int:
-        """The L2 entry of the cluster at guest `offset`, checked."""
-        self.lookup(offset, 1)
-        table = self._tables.get(offset >> (self._file.cluster_bits + self._l2_bits))
-        return table.entries[offset >> self._file.cluster_bits & self._index_mask] if table else 0
-
     def _writable_table(self, l1_index: int) -> L2Table:
         table = self._tables.get(l1_index) or self._load(l1_index)
         if table is None:
@@ -268,7 +261,7 @@ class ClusterMap:
         first, _, _ = self._refcounts.allocate(1)
         offset = first << file.cluster_bits
         file.claim(offset, file.cluster_size, "L2 table")
-        table = L2Table(offset, read_entries(bytes(file.cluster_size)), True)
+        table = L2Table(offset, EntryTable(bytearray(file.cluster_size)), True)
         self._tables[l1_index] = table
         self._dirty.add(l1_index)
         self._l1[l1_index] = offset | COPIED
@@ -286,7 +279,7 @@ class ClusterMap:
         first = self._refcounts.allocate_adjacent(clusters)
         offset = first << file.cluster_bits
         file.claim(offset, size, "L1 table")
-        file.write(offset, entry_bytes(self._l1).ljust(clusters << file.cluster_bits, b"\0"))
+        file.write(offset, bytes(self._l1).ljust(clusters << file.cluster_bits, b"\0"))
         self._refcounts.write()
         file.extend()
         file.sync()
@@ -326,40 +319,42 @@ class ClusterMap:
         self._dirty.add(l1_index)
 
     def data_references(self) -> Iterator[tuple[int, int]]:
-        """The host clusters of every L2 entry, checked: the first and how many. For repair, before any
-        change.
+        """The host clusters of every L2 entry, checked: the first and how many.
+
+        For repair, before any change.
         """
         for l1_index in range(len(self._l1)):
             table = self._load_uncached(l1_index)
-            for entry in table or ():
+            for entry in table.entries if table else ():
                 if entry:
                     self._classify(entry)
                     yield self.host_clusters(entry)
 
-    def _load_uncached(self, l1_index: int) -> array.array[int] | None:
+    def _load_uncached(self, l1_index: int) -> EntryTable | None:
         offset = self._l1[l1_index] & OFFSET_MASK
         if not offset:
             return None
-        return read_entries(self._file.read(offset, self._file.cluster_size, "L2 table"))
+        return EntryTable(self._file.read(offset, self._file.cluster_size, "L2 table"))
 
     def fix_copied_flags(self, refcounts: Refcounts) -> None:
-        """Set COPIED where the count is 1 and nowhere else, straight in the file. For repair, with the dirty
-        bit set.
+        """Set COPIED where the count is 1 and nowhere else, straight in the file.
+
+        For repair, with the dirty bit set.
         """
         file = self._file
         for l1_index in range(self._l1_used):
-            entries = self._load_uncached(l1_index)
-            if entries is None:
+            table = self._load_uncached(l1_index)
+            if table is None:
                 continue
-            before = entries[:]
-            for index, entry in enumerate(entries):
+            before = bytes(table.data)
+            for index, entry in enumerate(table.entries):
                 first, count = self.host_clusters(entry)
                 if count and not entry & COMPRESSED_FLAG:
                     flag = COPIED if refcounts.get(first) == 1 else 0
-                    entries[index] = entry & ~COPIED | flag
+                    table.entries[index] = entry & ~COPIED | flag
             offset = self._l1[l1_index] & OFFSET_MASK
-            if entries != before:
-                file.write(offset, entry_bytes(entries))
+            if table.data != before:
+                file.write(offset, table.data)
             if not self._l1[l1_index] & COPIED:
                 self._l1[l1_index] |= COPIED
                 file.write(self._l1_offset + l1_index * 8, self._l1[l1_index].to_bytes(8, "big"))
@@ -370,8 +365,9 @@ class ClusterMap:
             self.commit()
 
     def commit(self) -> None:
-        """Write all changes in the order the module describes. An error leaves them in memory, for another
-        try.
+        """Write all changes in the order the module describes.
+
+        An error leaves them in memory, for another try.
         """
         refcounts = self._refcounts
         if not self.dirty:
@@ -382,14 +378,13 @@ class ClusterMap:
         dirty = [(l1_index, self._tables[l1_index]) for l1_index in sorted(self._dirty)]
         for _, table in dirty:
             if table.new:
-                file.write(table.offset, entry_bytes(table.entries))
+                file.write(table.offset, table.data)
         file.extend()
         file.sync()
         for _, table in dirty:
             if not table.new:
-                file.write(
-                    table.offset + table.first * 8, entry_bytes(table.entries[table.first : table.last])
-                )
+                changed = memoryview(table.data)[table.first * 8 : table.last * 8]
+                file.write(table.offset + table.first * 8, changed)
         for l1_index in sorted(self._l1_dirty):
             file.write(self._l1_offset + l1_index * 8, self._l1[l1_index].to_bytes(8, "big"))
         file.sync()

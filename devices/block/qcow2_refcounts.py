@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import errno
 
-from devices.block.qcow2_file import CorruptImage, Qcow2File, entry_bytes, read_entries
+from devices.block.qcow2_file import CorruptImage, EntryTable, Qcow2File
 from devices.block.qcow2_header import MAX_REFCOUNT_TABLE_SIZE, REFCOUNT_TABLE_FIELD, Header
 from devices.block.transfer import punch_hole
 
@@ -58,8 +58,8 @@ class Refcounts:
         self._table_offset = header.refcount_table_offset
         size = header.refcount_table_clusters << file.cluster_bits
         file.claim(self._table_offset, size, "refcount table")
-        self._table = read_entries(file.read(self._table_offset, size, "refcount table"))
-        for entry in self._table:
+        self._table = EntryTable(file.read(self._table_offset, size, "refcount table"))
+        for entry in self._table.entries:
             if not entry:
                 continue
             if entry & ~TABLE_OFFSET_MASK or entry & (file.cluster_size - 1):
@@ -74,7 +74,7 @@ class Refcounts:
     def _block(self, index: int) -> RefcountBlock:
         block = self._blocks.get(index)
         if block is None:
-            offset = self._table[index]
+            offset = self._table.entries[index]
             block = RefcountBlock(offset, self._file.read(offset, self._file.cluster_size, "refcount block"))
             self._remember(index, block)
         return block
@@ -95,7 +95,7 @@ class Refcounts:
     def get(self, cluster: int) -> int:
         """How many references `cluster` has."""
         index = cluster >> self.block_bits
-        if index >= len(self._table) or not self._table[index]:
+        if index >= len(self._table.entries) or not self._table.entries[index]:
             return 0
         return self._get(self._block(index), cluster & ((1 << self.block_bits) - 1))
 
@@ -139,11 +139,11 @@ class Refcounts:
     def missing_blocks(self, clusters: int) -> list[int]:
         """The blocks that clusters 0 to `clusters` - 1 need and that are not there, for repair."""
         needed = -(-clusters >> self.block_bits)
-        if needed > len(self._table):
+        if needed > len(self._table.entries):
             raise CorruptImage(
                 "the qcow2 refcount table is too small for the file: run qemu-img check -r all"
             )
-        return [index for index in range(needed) if not self._table[index]]
+        return [index for index in range(needed) if not self._table.entries[index]]
 
     def _find_free(self, block: RefcountBlock, start: int) -> int:
         """The first index from `start` with count 0, or -1."""
@@ -172,10 +172,10 @@ class Refcounts:
         mask = (1 << self.block_bits) - 1
         while True:
             index = self._hint >> self.block_bits
-            if index >= len(self._table):
+            if index >= len(self._table.entries):
                 self._grow_table()
                 continue
-            if not self._table[index]:
+            if not self._table.entries[index]:
                 self._new_block(index)
             block = self._block(index)
             start = self._find_free(block, self._hint & mask)
@@ -210,11 +210,11 @@ class Refcounts:
             missing = []
             index = first >> self.block_bits
             while index << self.block_bits < end:
-                if index >= len(self._table):
+                if index >= len(self._table.entries):
                     self._grow_table()
                     first = max(first, file.end)
                     break
-                if not self._table[index]:
+                if not self._table.entries[index]:
                     missing.append(index)
                     end += 1
                 index += 1
@@ -259,8 +259,9 @@ class Refcounts:
         return len(self._pending)
 
     def release(self) -> None:
-        """Free what `free_later` collected. Only right after the tables that no longer point there are
-        durable.
+        """Free what `free_later` collected.
+
+        Only right after the tables that no longer point there are durable.
         """
         while self._pending:
             first, count = self._pending.pop()
@@ -276,12 +277,6 @@ class Refcounts:
         if first < end:
             punch_hole(self._file.fd, first << bits, (end - first) << bits)
 
-    @property
-    def dirty(self) -> bool:
-        if self._dirty_table:
-            return True
-        return any(block.first < block.last for block in self._blocks.values())
-
     def write(self) -> None:
         """Bring all changed counts to the file. New blocks are durable before the table points to them."""
         for block in self._blocks.values():
@@ -290,7 +285,9 @@ class Refcounts:
             self._file.extend()
             self._file.sync()
             for index in sorted(self._dirty_table):
-                self._file.write(self._table_offset + index * 8, self._table[index].to_bytes(8, "big"))
+                self._file.write(
+                    self._table_offset + index * 8, self._table.entries[index].to_bytes(8, "big")
+                )
             self._dirty_table.clear()
 
     def _new_block(self, index: int) -> None:
@@ -310,7 +307,7 @@ class Refcounts:
         # Whatever the cluster held before, all of the block must reach the file.
         block.first = 0
         block.last = len(block.data)
-        self._table[index] = offset
+        self._table.entries[index] = offset
         self._dirty_table.add(index)
         self._remember(index, block)
 
@@ -321,7 +318,7 @@ class Refcounts:
         """
         file = self._file
         bits = file.cluster_bits
-        old_entries = len(self._table)
+        old_entries = len(self._table.entries)
         first = old_entries << self.block_bits
         clusters = 2 * (old_entries * 8 >> bits)
         if clusters << bits > MAX_REFCOUNT_TABLE_SIZE:
@@ -333,8 +330,7 @@ class Refcounts:
             if file.is_metadata(cluster):
                 raise CorruptImage(f"qcow2 cluster {cluster} holds metadata, but no refcount block covers it")
         file.took(first, blocks + clusters)
-        table = self._table[:]
-        table.extend([0] * ((clusters << bits) // 8 - old_entries))
+        table = self._table.extended((clusters << bits) // 8 - old_entries)
         for number in range(blocks):
             offset = (first + number) << bits
             block = RefcountBlock(offset, bytearray(file.cluster_size))
@@ -342,11 +338,11 @@ class Refcounts:
             for index in range(min(1 << self.block_bits, blocks + clusters - start)):
                 self._set(block, index, 1)
             file.write(offset, block.data)
-            table[old_entries + number] = offset
+            table.entries[old_entries + number] = offset
         for dirty in self._blocks.values():
             self._write_block(dirty)
         table_offset = (first + blocks) << bits
-        file.write(table_offset, entry_bytes(table))
+        file.write(table_offset, table.data)
         file.extend()
         file.sync()
         file.write(REFCOUNT_TABLE_FIELD, table_offset.to_bytes(8, "big") + clusters.to_bytes(4, "big"))

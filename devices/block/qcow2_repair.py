@@ -6,8 +6,6 @@ The dirty bit stays set until all of it is on stable storage: dying in between o
 
 from __future__ import annotations
 
-import array
-
 from devices.block.qcow2_file import CorruptImage, Qcow2File
 from devices.block.qcow2_mapping import ClusterMap
 from devices.block.qcow2_refcounts import Refcounts
@@ -23,7 +21,7 @@ def rebuild_refcounts(file: Qcow2File, refcounts: Refcounts, cluster_map: Cluste
         raise CorruptImage(
             "the qcow2 image was not closed and is too large to repair: run qemu-img check -r all"
         )
-    counts = array.array("I", bytes(4 * clusters))
+    counts = memoryview(bytearray(4 * clusters)).cast("I")
     for cluster in range(clusters):
         if file.is_metadata(cluster):
             counts[cluster] = 1

@@ -17,8 +17,9 @@ from devices.block.transfer import (
 
 
 class RawImage(Image):
-    """A raw file or block device. A file whose length is not whole sectors is seen rounded up, its end as
-    zeroes.
+    """A raw file or block device.
+
+    A file whose length is not whole sectors is seen rounded up, its end as zeroes.
     """
 
     __slots__ = ("_fd", "_length", "_sync_failed")

@@ -1,5 +1,6 @@
-"""Moving bytes between buffers and a descriptor: short transfers, IOV_MAX, the end of the file. Worker
-process.
+"""Moving bytes between buffers and a descriptor: short transfers, IOV_MAX, the end of the file.
+
+Worker process.
 
 System calls used: preadv2, pwritev2 (what glibc makes of os.preadv and os.pwritev), fallocate.
 """

@@ -1,7 +1,8 @@
-"""pvpanic: a register that a guest kernel writes when it panics. VMM process; QEMU's docs/specs/pvpanic.rst, PCI form.
+"""pvpanic: a register that a guest kernel writes when it panics. VMM process; QEMU's docs/specs/pvpanic.rst,
+PCI form.
 
-Without it a panicking guest looks like one that resets. The ids are QEMU's: Linux (CONFIG_PVPANIC_PCI) and others
-have drivers for them.
+Without it a panicking guest looks like one that resets. The ids are QEMU's: Linux (CONFIG_PVPANIC_PCI) and
+others have drivers for them.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""Tiny bare-metal guests: a few instructions, assembled in the test, entered in long mode with memory identity-mapped."""
+"""Tiny bare-metal guests: a few instructions, assembled in the test, entered in long mode with memory
+identity-mapped.
+"""
 
 import ctypes
 import mmap

@@ -63,7 +63,10 @@ def assert_reads(image: Image, expected: bytes, rng: random.Random) -> None:
 
 
 def scribble(path: Path, size: int, cluster_size: int, version: int, rng: random.Random) -> None:
-    """Every kind of cluster the version has, in random places. Compressed ones come first: they need empty clusters."""
+    """Every kind of cluster the version has, in random places.
+
+    Compressed ones come first: they need empty clusters.
+    """
     commands = []
     clusters = size // cluster_size
     for cluster in sorted(rng.sample(range(clusters), min(clusters, 12))):
@@ -111,9 +114,7 @@ def test_compressed(tmp_path: Path, cluster_size: int) -> None:
     content += rng.randbytes(100_000) + bytes(3 << 20)
     source.write_bytes(content[: len(content) // 512 * 512])
     path = tmp_path / "disk.qcow2"
-    qemu_img(
-        "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={cluster_size}", source, path
-    )
+    qemu_img("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", f"cluster_size={cluster_size}", source, path)
     check = subprocess.run(["qemu-img", "check", "--output=json", path], check=True, capture_output=True)
     assert json.loads(check.stdout)["compressed-clusters"] > 0
     image = open_qcow2(path)
@@ -170,12 +171,11 @@ def test_snapshots_are_read_but_not_written(tmp_path: Path) -> None:
         ("extended_l2=on", "extended L2"),
         ("data_file=FILE", "external data file"),
         ("compression_type=zstd", "zstd"),
-        ("encrypt.format=luks,encrypt.key-secret=key", "encrypted"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, options: str, reason: str) -> None:
     path = tmp_path / "disk.qcow2"
     options = options.replace("FILE", str(tmp_path / "data"))
-    qemu_img("create", "--object", "secret,id=key,data=x", "-f", "qcow2", "-o", options, path, "2M")
+    qemu_img("create", "-f", "qcow2", "-o", options, path, "2M")
     with pytest.raises(ImageError, match=reason):
         open_qcow2(path)

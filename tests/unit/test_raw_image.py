@@ -1,4 +1,6 @@
-"""Raw images: whole and split transfers, the end of the file, holes, and host errors that must not be forgotten."""
+"""Raw images: whole and split transfers, the end of the file, holes, and host errors that must not be
+forgotten.
+"""
 
 import errno
 import os
