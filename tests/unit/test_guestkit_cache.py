@@ -95,9 +95,18 @@ def test_killed_builder_leaves_nothing_in_use(cache_directory: Path) -> None:
         assert builder.stdout.readline() == b"made\n"
         builder.send_signal(signal.SIGKILL)
     assert cache.find("thing") is None
+    cache.find_or_make("other", lambda into: None)
+    assert sorted(path.name for path in cache_directory.iterdir()) == ["other", "other.lock", "thing.lock"]
     cache.find_or_make("thing", lambda into: None)
-    assert sorted(path.name for path in cache_directory.iterdir()) == ["thing", "thing.lock"]
     assert list((cache_directory / "thing").iterdir()) == []
+
+
+def test_builder_at_work_keeps_its_directory() -> None:
+    def make(into: Path) -> None:
+        (into / "file").write_text("x")
+        cache.find_or_make("other", lambda into: None)
+
+    assert (cache.find_or_make("thing", make) / "file").read_text() == "x"
 
 
 def fake_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -129,9 +138,7 @@ def fake_builds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return built
 
 
-def test_kit_is_built_once_and_again_for_another_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kit_is_built_again_for_another_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = fake_inputs(tmp_path, monkeypatch)
     built = fake_builds(monkeypatch)
     assert kit.find() is None

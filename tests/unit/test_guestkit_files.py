@@ -1,4 +1,4 @@
-"""The guest kit's files: the cpio archive, the trees, the init program and the disk, read back by other programs."""
+"""The guest kit's files: cpio archive, trees, init program and disk, read back by other programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def archive_of(entries: list[tree.Entry]) -> bytes:
 
 def read_newc(archive: bytes) -> dict[str, tuple[int, bytes, int, int]]:
     """A reader of its own: path -> (mode, data, device major, device minor)."""
-    found = {}
+    found: dict[str, tuple[int, bytes, int, int]] = {}
     at = 0
     while True:
         header = archive[at : at + 110]
@@ -142,9 +142,9 @@ def test_owners_are_root_without_root_rights(tmp_path: Path) -> None:
         ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "none,extent", "-d", tmp_path / "root", raw], tmp_path
     )
     root._give_to_root(raw, entries, tmp_path)
-    for path in ("/d", "/d/f", "/l"):
+    for name in ("/d", "/d/f", "/l"):
         done = subprocess.run(
-            ["debugfs", "-R", f"stat {path}", raw],
+            ["debugfs", "-R", f"stat {name}", raw],
             check=True,
             capture_output=True,
             text=True,

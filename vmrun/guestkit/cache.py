@@ -11,7 +11,8 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _UNFINISHED = ".unfinished-"
@@ -38,7 +39,7 @@ def find(name: str) -> Path | None:
 def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
     """The directory `name`; when it is not there, `make` fills an empty one that becomes it.
 
-    Waits while another process makes the same. What a killed process left behind is removed. Raises what
+    Waits while another process makes the same. What killed processes left behind is removed. Raises what
     `make` raises, and OSError when the cache cannot be written.
     """
     finished = find(name)
@@ -46,14 +47,11 @@ def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
         return finished
     root = directory()
     root.mkdir(parents=True, exist_ok=True)
-    lock = os.open(root / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    _remove_left_behind(root)
+    with _lock(root, name):
         finished = find(name)
         if finished is not None:
             return finished
-        for left_behind in root.glob(f"{name}{_UNFINISHED}*"):
-            shutil.rmtree(left_behind, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=f"{name}{_UNFINISHED}", dir=root))
         try:
             make(unfinished)
@@ -63,9 +61,30 @@ def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
+    return root / name
+
+
+@contextmanager
+def _lock(root: Path, name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of `name`; without `wait`, False when another process holds it."""
+    lock = os.open(root / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
     finally:
         os.close(lock)
-    return root / name
+
+
+def _remove_left_behind(root: Path) -> None:
+    """A killed build leaves a gigabyte; whose lock is free has no builder."""
+    for unfinished in root.glob(f"*{_UNFINISHED}*"):
+        with _lock(root, unfinished.name.partition(_UNFINISHED)[0], wait=False) as locked:
+            if locked:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_back(made: Path) -> None:

@@ -18,7 +18,8 @@ echo "written by the guest, $(uname -r)" >/root/hello
 say "wrote /root/hello"
 if [ -n "$url" ]; then
     say "network $(ip -4 -o address show dev eth0 | awk '{print $4}'), ready for pings"
-    wget -q -T 60 -O /root/page "$url"
+    # Debian 12's busybox wget crashes at its own -T.
+    timeout 60 wget -q -O /root/page "$url"
     say "fetched $url: $(head -n 1 /root/page)"
 fi
 sync

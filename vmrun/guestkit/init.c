@@ -96,17 +96,21 @@ static void read_command_line(char *line, unsigned long size)
 {
 	long fd = CALL(open, "/proc/cmdline", O_RDONLY, 0, 0, 0);
 	long count = fd < 0 ? 0 : CALL(read, fd, line, size - 2, 0, 0);
+	char *to = line;
 
-	if (count < 0)
-		count = 0;
-	for (long at = 0; at < count; at++)
-		if (line[at] == ' ' || line[at] == '\n')
-			line[at] = 0;
-	line[count] = line[count + 1] = 0;
+	for (long at = 0; at < count; at++) {
+		char byte = line[at];
+
+		if (byte == ' ' || byte == '\n')
+			byte = 0;
+		if (byte || (to > line && to[-1]))
+			*to++ = byte;
+	}
+	to[0] = to[1] = 0;
 	CALL(close, fd, 0, 0, 0, 0);
 }
 
-/* The value of the first "name=" word, or 0. Two spaces in a row end the search: the kernel's are single. */
+/* The value of the first "name=" word, or 0. */
 static char *option(char *line, const char *name)
 {
 	unsigned long size = length(name);

@@ -20,16 +20,19 @@ _ENVIRONMENT = {
     "KBUILD_BUILD_USER": "vmrun",
     "KBUILD_BUILD_HOST": "vmrun",
 }
+# gcc expands memset in rarely run functions to REP STOSB, a step for each byte where the kernel is
+# interpreted. The kernel's own memset clears 64 bytes in eleven instructions: a million steps less for .bss.
+_COMPILER_FLAGS = "-mstringop-strategy=libcall"
 # What `make vmlinux` printed for the fragment when it was last counted; only progress depends on it.
-_BUILD_LINES = 1640
-# Three quarters of the tree are for other machines.
+_BUILD_LINES = 1430
+# Most of the tree is for other machines. Kconfig reads every Kconfig file, and those stay.
 _LEFT_OUT = [
     "Documentation/*/*",
-    "arch/[!x]*/*",
+    "arch/[!x]*/*.[chS]",
+    "arch/[!x]*/*.dts*",
     "tools/testing/*",
-    "sound/*/*.c",
+    "sound/*.[ch]",
     "drivers/gpu/*.h",
-    "*.dts*",
 ]
 
 
@@ -47,14 +50,26 @@ def build(into: Path, source: Path, progress: Progress) -> None:
     host.run([*make, f"KCONFIG_ALLCONFIG={FRAGMENT}", "allnoconfig"], tree, _ENVIRONMENT)
     _check_configuration(objects / ".config")
     progress.step("building the kernel", _BUILD_LINES)
-    host.run([*make, "vmlinux"], tree, _ENVIRONMENT, lambda line: progress.advance(line.strip()))
+    host.run(
+        [*make, f"KCFLAGS={_COMPILER_FLAGS}", "vmlinux"],
+        tree,
+        _ENVIRONMENT,
+        lambda line: progress.advance(line.strip()),
+    )
     for name in ("vmlinux", "System.map"):
         shutil.move(objects / name, into / name)
     shutil.rmtree(work)
 
 
+def inputs() -> list[str]:
+    """What the kernel is made from besides its source; comments do not count."""
+    lines = FRAGMENT.read_text().splitlines()
+    wishes = [line for line in lines if line.startswith(("CONFIG_", "# CONFIG_"))]
+    return [*wishes, _COMPILER_FLAGS, *(f"{name}={value}" for name, value in _ENVIRONMENT.items())]
+
+
 def _check_configuration(configuration: Path) -> None:
-    """Kconfig drops a wish whose dependencies are not met without a word; a kernel that lacks one is no use."""
+    """Kconfig drops a wish whose dependencies are not met, and says nothing; the kernel would not boot."""
     got = set(configuration.read_text().splitlines())
     wanted = [line for line in FRAGMENT.read_text().splitlines() if line.startswith("CONFIG_")]
     dropped = [line for line in wanted if line not in got]

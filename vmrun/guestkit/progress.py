@@ -11,7 +11,7 @@ class Progress(Protocol):
     """What `kit.build` reports to. Calls come from the calling thread only."""
 
     def step(self, title: str, total: int | None = None) -> None:
-        """The step before has ended and this one begins; `total` is how many `advance` calls to expect, about."""
+        """A step begins, and the one before has ended; `total` is about how many `advance` calls follow."""
 
     def advance(self, detail: str = "") -> None:
         """One more part of the step is done; `detail` names it, for people."""

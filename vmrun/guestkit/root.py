@@ -26,8 +26,8 @@ _COMPILE = [
 ]  # fmt: skip
 
 _DISK_BYTES = 1 << 30
-# Each feature that is left out is guest kernel time saved at the mount or at each write. No journal: the disk is
-# a template for throw-away machines, and a guest that wants one can have it with `tune2fs -j`.
+# Each feature that is left out is guest kernel time saved at the mount or at each write. No journal: the disk
+# is a template for throw-away machines, and who wants one can add it with `tune2fs -j`.
 _FEATURES = "none,extent,filetype,sparse_super,large_file,flex_bg,ext_attr"
 _MAKE_FILE_SYSTEM = [
     "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-N", "16384", "-I", "256", "-m", "0", "-O", _FEATURES,

@@ -1,7 +1,7 @@
 """What is in the guest's root directory: the same entries go into the initramfs and onto the disk.
 
-All programs are in /bin and its other names are links to it, so that a path of any usual form is found with one
-directory look-up. The initramfs keeps only what a shell needs, since each entry costs the guest kernel time
+All programs are in /bin and its other names are links to it, so that a path of any usual form is found with
+one directory look-up. The initramfs keeps only what a shell needs: each entry costs the guest kernel time
 at boot and busybox's shell finds its own applets without links.
 """
 
