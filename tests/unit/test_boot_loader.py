@@ -29,6 +29,7 @@ PLACES = {
     "stack": (layout.BOOT_STACK_START, layout.BOOT_STACK_END),
     "zero page": (layout.ZERO_PAGE_START, layout.ZERO_PAGE_END),
     "page tables": (layout.BOOT_PAGE_TABLES_START, layout.BOOT_PAGE_TABLES_END),
+    "setup data": (layout.SETUP_DATA_START, layout.SETUP_DATA_END),
     "command line": (layout.CMDLINE_START, layout.CMDLINE_END),
     "EBDA size": (layout.EBDA_START, layout.EBDA_START + 1),
     "MP floating pointer": (layout.MP_FLOATING_POINTER_START, layout.MP_FLOATING_POINTER_END),
@@ -127,7 +128,10 @@ def test_boot_params_of_a_bzimage(memory: GuestMemory, load_kernel: Load) -> Non
     assert memory.read(page + 0x202, 6) == b"HdrS\x0d\x02"
     assert memory.read(page + 0x210, 2) == b"\xff\x01"  # unknown loader, LOADED_HIGH only
     assert u32(memory, page + 0x23C) == 0  # hardware_subarch
-    assert memory.read(page + 0x250, 8) == bytes(8)  # setup_data
+    # The file's own setup_data pointer is gone; ours leads to one item: 32 random bytes for the kernel.
+    assert struct.unpack("<Q", memory.read(page + 0x250, 8)) == (layout.SETUP_DATA_START,)
+    assert struct.unpack("<QII", memory.read(layout.SETUP_DATA_START, 16)) == (0, 9, 32)
+    assert any(memory.read(layout.SETUP_DATA_START + 16, 32))
     assert memory.read(page + 0x1EF, 1) == b"\0"  # the sentinel
     assert memory.read(u32(memory, page + 0x228), 17) == "root=/dev/vda é\0".encode()
     assert u32(memory, page + 0x070) == layout.ACPI_START

@@ -5,6 +5,7 @@ Follows "64-bit Boot Protocol" in Documentation/x86/boot.rst, zero-page.rst, and
 arch/x86/include/uapi/asm/bootparam.h.
 """
 
+import os
 import struct
 
 from devices.memory import GuestMemory
@@ -29,6 +30,7 @@ from vmrun.machine.layout import (
     BOOT_PAGE_TABLES_START,
     BOOT_STACK_END,
     CMDLINE_START,
+    SETUP_DATA_START,
     ZERO_PAGE_END,
     ZERO_PAGE_START,
 )
@@ -52,6 +54,10 @@ _CMD_LINE_PTR = 0x228
 _HARDWARE_SUBARCH = 0x23C
 _SETUP_DATA = 0x250
 _E820_TABLE = 0x2D0
+
+# struct setup_data: next, type, length.
+_SETUP_RNG_SEED = 9
+_RANDOM_SEED_SIZE = 32
 
 _LOADED_HIGH = 1
 _VIDEO_NORMAL = 0xFFFF
@@ -77,11 +83,11 @@ def write_boot_params(
         page[SETUP_HEADER_OFFSET : SETUP_HEADER_OFFSET + len(header.raw)] = header.raw
         # The file is not trusted with pointers and platform types that the kernel would follow.
         struct.pack_into("<I", page, _HARDWARE_SUBARCH, 0)
-        struct.pack_into("<Q", page, _SETUP_DATA, 0)
     struct.pack_into("<H", page, _VID_MODE, _VIDEO_NORMAL)
     page[_TYPE_OF_LOADER] = _LOADER_UNDEFINED
     page[_LOADFLAGS] = _LOADED_HIGH  # without KASLR_FLAG: the kernel runs where it was linked
     struct.pack_into("<I", page, _CMD_LINE_PTR, CMDLINE_START)
+    struct.pack_into("<Q", page, _SETUP_DATA, _write_random_seed(memory))
     address, size = ramdisk if ramdisk is not None else (0, 0)
     struct.pack_into("<I", page, _RAMDISK_IMAGE, address)
     struct.pack_into("<I", page, _RAMDISK_SIZE, size)
@@ -91,6 +97,17 @@ def write_boot_params(
     for index, entry in enumerate(ranges):
         struct.pack_into("<QQI", page, _E820_TABLE + 20 * index, *entry)
     memory.write(ZERO_PAGE_START, page)
+
+
+def _write_random_seed(memory: GuestMemory) -> int:
+    """Give the kernel entropy to start with, so that it need not gather its own; the address of its
+    setup_data.
+
+    Kernels before 6.1 do not know the type and leave it alone.
+    """
+    seed = os.urandom(_RANDOM_SEED_SIZE)
+    memory.write(SETUP_DATA_START, struct.pack("<QII", 0, _SETUP_RNG_SEED, len(seed)) + seed)
+    return SETUP_DATA_START
 
 
 def write_page_tables(memory: GuestMemory) -> None:

@@ -5,9 +5,11 @@ Three things come here:
 * KVM_EXIT_INTERNAL_ERROR, emulation: kernel-mode code met an instruction that the emulator does not know.
 * KVM_EXIT_X86_WRMSR: the guest set LSTAR, the address its system calls enter at (we asked for this exit).
 * KVM_EXIT_DEBUG: the guest reached its page-fault handler, where we keep a hardware breakpoint. A SYSCALL in
-user mode
-  jumps to LSTAR without leaving user mode, faults on the fetch, and arrives here; we finish it. A true page
-  fault is let through. The guest's own hardware breakpoints do not work meanwhile.
+  user mode jumps to LSTAR without leaving user mode, faults on the fetch, and arrives here; we finish it. A
+  true page fault is let through. The guest's own hardware breakpoints do not work meanwhile.
+
+The guest may bring any register, page table or code here. What a processor would answer with an exception
+becomes that exception in the guest.
 """
 
 import ctypes
@@ -16,7 +18,15 @@ from struct import Struct
 from vmrun.kvm import abi
 from vmrun.kvm.software.decode import Instruction
 from vmrun.kvm.software.features import xsave_layout
-from vmrun.kvm.software.paging import FAULT_FETCH, FAULT_USER, LinearMemory, PageFault, PhysicalView
+from vmrun.kvm.software.paging import (
+    FAULT_FETCH,
+    FAULT_PRESENT,
+    FAULT_USER,
+    LinearMemory,
+    NotCanonical,
+    PageFault,
+    PhysicalView,
+)
 from vmrun.kvm.software.xsave import MalformedArea, area_size, restore, save
 from vmrun.kvm.vcpu import Vcpu
 from vmrun.kvm.vm import Vm
@@ -25,16 +35,32 @@ MSR_STAR = 0xC0000081
 MSR_LSTAR = 0xC0000082
 MSR_SYSCALL_MASK = 0xC0000084
 
-BP_VECTOR, GP_VECTOR, PF_VECTOR = 3, 13, 14
+DB_VECTOR, BP_VECTOR, UD_VECTOR, NM_VECTOR, GP_VECTOR, PF_VECTOR = 1, 3, 6, 7, 13, 14
+
+CR0_MP, CR0_TS = 1 << 1, 1 << 3
+CR4_OSXSAVE = 1 << 18
+EFER_LMA = 1 << 10
 
 RFLAGS_CF_PF_AF_ZF_SF_OF = 0x8D5
 RFLAGS_ZF = 1 << 6
-RFLAGS_RF = 1 << 16
+RFLAGS_IF = 1 << 9
 RFLAGS_AC = 1 << 18
+# What user mode can change (CF, PF, AF, ZF, SF, TF, DF, OF, NT, AC, ID) of RFLAGS.
+RFLAGS_USER = 0x244DD5
 
 _FRAME = Struct("<6Q")  # what #PF pushes: error code, RIP, CS, RFLAGS, RSP, SS
 _DR7_FIRST = 0x401  # DR0 enabled, as an instruction breakpoint
 _MASK64 = (1 << 64) - 1
+_LONGEST_INSTRUCTION = 15
+
+
+class InstructionFault(Exception):
+    """The instruction raises exception `vector` in the guest. `error_code` is None where there is none."""
+
+    def __init__(self, vector: int, error_code: int | None = None) -> None:
+        super().__init__(f"exception {vector}")
+        self.vector = vector
+        self.error_code = error_code
 
 
 def prepare_vm(vm: Vm) -> None:
@@ -55,7 +81,6 @@ class SoftwareCpu:
         self._syscall_mask = 0
         self._fault_handler = 0
         self._stepping = False
-        self._image = abi.kvm_xsave()
         self.counts: dict[str, int] = {}
         # Every exit brings the registers along in the shared page: two system calls less for each.
         vcpu.valid_regs.value = abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS
@@ -63,8 +88,11 @@ class SoftwareCpu:
             0xCC: self._int3,
             0x9B: self._fwait,
             0x0F01: self._group7,
+            0x0F0B: self._undefined,
             0x0FAE: self._group15,
             0x0FB8: self._popcnt,
+            0x0FB9: self._undefined,
+            0x0FFF: self._undefined,
         }
 
     def finish(self, reason: int) -> bool:
@@ -96,20 +124,26 @@ class SoftwareCpu:
         request = self._vcpu.msr
         if request.index != MSR_LSTAR:
             return False
-        self._vcpu.set_msrs({MSR_LSTAR: request.data})
+        try:
+            self._vcpu.set_msrs({MSR_LSTAR: request.data})
+        except OSError:
+            request.error = 1  # not a canonical address: KVM raises #GP
+            return True
         request.error = 0
         self._lstar = request.data
+        self._star = 0  # read again: a kernel sets all of these together
         self._find_fault_handler()
         return True
 
     def _find_fault_handler(self) -> None:
         """Put the breakpoint on the guest's page-fault handler, as its interrupt table names it now."""
-        idt = self._vcpu.sync.sregs.idt
-        if not self._lstar or idt.limit < 16 * PF_VECTOR + 15:
+        sregs = self._vcpu.sync.sregs
+        idt = sregs.idt
+        if not self._lstar or not sregs.efer & EFER_LMA or idt.limit < 16 * PF_VECTOR + 15:
             return
         try:
             gate = self._linear().read(idt.base + 16 * PF_VECTOR, 16)
-        except PageFault:
+        except (PageFault, NotCanonical):
             return
         handler = int.from_bytes(gate[0:2] + gate[6:8] + gate[8:12], "little")
         if handler != self._fault_handler:
@@ -128,47 +162,52 @@ class SoftwareCpu:
         sync = self._vcpu.sync
         regs = sync.regs
         linear = self._linear()
+        if sync.sregs.cs.selector & 3:
+            # A program jumped to the handler itself, and its stack may hold any frame it likes.
+            self._raise_page_fault(regs.rip, self._fetch_fault(linear, regs.rip))
+            return
         try:
             error_code, rip, cs, rflags, rsp, _ss = _FRAME.unpack(linear.read(regs.rsp, _FRAME.size))
-        except PageFault:
+        except (PageFault, NotCanonical):
             self._pass_breakpoint(linear)  # a broken guest: its own double fault is next
             return
-        if rip != self._lstar or cs & 3 != 3 or not error_code & FAULT_FETCH or not error_code & FAULT_USER:
+        # The host's SYSCALL mask left RFLAGS.IF clear. A program that only jumps to LSTAR has it set.
+        half_done = rip == self._lstar and cs & 3 == 3 and not rflags & RFLAGS_IF
+        if not half_done or not error_code & FAULT_FETCH or not error_code & FAULT_USER:
             self._count("page fault")
             self._pass_breakpoint(linear)
             return
         self._count("system call")
         if not self._star:
             self._read_syscall_msrs()
+        # SYSCALL loaded RCX and R11 natively. The RFLAGS pushed have the host's mask applied, so R11 alone
+        # tells the program's; interrupts were enabled there, as a program cannot change that.
+        regs.r11 = regs.r11 & RFLAGS_USER | RFLAGS_IF | 2
+        regs.rflags = regs.r11 & ~self._syscall_mask | 2
         regs.rip = rip
         regs.rsp = rsp
-        regs.r11 = rflags & ~RFLAGS_RF  # RCX was loaded natively, when SYSCALL jumped
-        regs.rflags = rflags & ~self._syscall_mask & ~RFLAGS_RF | 2
-        selector = self._star >> 32 & 0xFFFC
-        code, stack = sync.sregs.cs, sync.sregs.ss
-        code.selector, code.base, code.limit = selector, 0, 0xFFFFFFFF
-        code.type, code.present, code.dpl, code.db, code.s, code.l, code.g, code.unusable = (
-            11,
-            1,
-            0,
-            0,
-            1,
-            1,
-            1,
-            0,
-        )
-        stack.selector, stack.base, stack.limit = selector + 8, 0, 0xFFFFFFFF
-        stack.type, stack.present, stack.dpl, stack.db, stack.s, stack.l, stack.g, stack.unusable = (
-            3,
-            1,
-            0,
-            1,
-            1,
-            0,
-            1,
-            0,
-        )
+        self._enter_kernel_segments()
         self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
+
+    def _enter_kernel_segments(self) -> None:
+        """CS and SS as SYSCALL loads them: fixed descriptors, only the selectors come from STAR."""
+        selector = self._star >> 32 & 0xFFFC
+        code, stack = self._vcpu.sync.sregs.cs, self._vcpu.sync.sregs.ss
+        code.selector, stack.selector = selector, selector + 8 & 0xFFFF
+        code.type, stack.type = 11, 3
+        code.l, stack.l = 1, 0
+        code.db, stack.db = 0, 1
+        for segment in (code, stack):
+            segment.base, segment.limit, segment.g = 0, 0xFFFFFFFF, 1
+            segment.present, segment.dpl, segment.s, segment.unusable = 1, 0, 1, 0
+
+    def _fetch_fault(self, linear: LinearMemory, address: int) -> int:
+        """The error code of a user-mode fetch from a page of the kernel."""
+        try:
+            linear.read(address, 1)
+        except (PageFault, NotCanonical):
+            return FAULT_FETCH | FAULT_USER
+        return FAULT_FETCH | FAULT_USER | FAULT_PRESENT
 
     def _read_syscall_msrs(self) -> None:
         values = self._vcpu.get_msrs((MSR_STAR, MSR_SYSCALL_MASK))
@@ -185,7 +224,7 @@ class SoftwareCpu:
         regs = self._vcpu.sync.regs
         try:
             code = linear.read(regs.rip, 4)
-        except PageFault:
+        except (PageFault, NotCanonical):
             code = b""
         if code[:1] == b"\x90":
             regs.rip += 1
@@ -208,28 +247,49 @@ class SoftwareCpu:
     # Instructions
 
     def _emulation_failure(self) -> bool:
-        failure = self._vcpu.emulation_failure
-        if failure.flags & abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES and failure.insn_size:
-            code = bytes(failure.insn_bytes[: min(failure.insn_size, 15)])
-        else:
+        sregs = self._vcpu.sync.sregs
+        if sregs.cs.selector & 3:
+            # A program made KVM emulate something (an access to a device, say): its fault, not the machine's.
+            self._raise(UD_VECTOR)
+            return True
+        if not sregs.cs.l:
             return False
         try:
-            instruction = Instruction(code)
+            instruction = Instruction(self._instruction_bytes())
             perform = self._instructions.get(instruction.opcode)
             if perform is None or not perform(instruction):
                 return False
         except IndexError:
             return False
         except PageFault as fault:
-            self._vcpu.sync.sregs.cr2 = fault.address
-            self._changed(abi.KVM_SYNC_X86_SREGS)
-            self._raise(PF_VECTOR, fault.error_code)
+            self._raise_page_fault(fault.address, fault.error_code)
             return True
-        except MalformedArea:
+        except (MalformedArea, NotCanonical):
             self._raise(GP_VECTOR, 0)
+            return True
+        except InstructionFault as fault:
+            self._raise(fault.vector, fault.error_code)
             return True
         self._count(f"{instruction.opcode:x}/{instruction.reg}")
         return True
+
+    def _instruction_bytes(self) -> bytes:
+        """What KVM fetched, and what it did not because it gave up before a page's end."""
+        failure = self._vcpu.emulation_failure
+        fetched = b""
+        if failure.flags & abi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES:
+            fetched = bytes(failure.insn_bytes[: min(failure.insn_size, _LONGEST_INSTRUCTION)])
+        rip = self._vcpu.sync.regs.rip
+        missing = min(_LONGEST_INSTRUCTION - len(fetched), 4096 - (rip + len(fetched)) % 4096)
+        try:
+            return fetched + self._linear().read(rip + len(fetched) & _MASK64, missing)
+        except (PageFault, NotCanonical):
+            return fetched
+
+    def _raise_page_fault(self, address: int, error_code: int) -> None:
+        self._vcpu.sync.sregs.cr2 = address
+        self._changed(abi.KVM_SYNC_X86_SREGS)
+        self._raise(PF_VECTOR, error_code)
 
     def _raise(self, vector: int, error_code: int | None = None) -> None:
         events = self._vcpu.get_events()
@@ -248,7 +308,13 @@ class SoftwareCpu:
         self._raise(BP_VECTOR)
         return self._advance(instruction.length)
 
+    def _undefined(self, instruction: Instruction) -> bool:
+        """UD0, UD1 and UD2, by which kernels mark a bug or a warning and look for more at that address."""
+        raise InstructionFault(UD_VECTOR)
+
     def _fwait(self, instruction: Instruction) -> bool:
+        if self._vcpu.sync.sregs.cr0 & (CR0_MP | CR0_TS) == CR0_MP | CR0_TS:
+            raise InstructionFault(NM_VECTOR)
         return self._advance(instruction.length)
 
     def _group7(self, instruction: Instruction) -> bool:
@@ -257,7 +323,11 @@ class SoftwareCpu:
             regs.rflags &= ~RFLAGS_AC
         elif instruction.modrm == 0xCB:  # stac
             regs.rflags |= RFLAGS_AC
-        elif instruction.modrm == 0xD0 and not regs.rcx & 0xFFFFFFFF:  # xgetbv
+        elif instruction.modrm == 0xD0:  # xgetbv
+            if not self._vcpu.sync.sregs.cr4 & CR4_OSXSAVE:
+                raise InstructionFault(UD_VECTOR)
+            if regs.rcx & 0xFFFFFFFF:
+                raise InstructionFault(GP_VECTOR, 0)
             xcr0 = self._vcpu.get_xcr0()
             regs.rax, regs.rdx = xcr0 & 0xFFFFFFFF, xcr0 >> 32
         else:
@@ -283,14 +353,20 @@ class SoftwareCpu:
         return self._advance(instruction.length)
 
     def _group15(self, instruction: Instruction) -> bool:
-        if not instruction.in_memory or instruction.reg not in (4, 5):
+        prefixed = instruction.repeat or instruction.operand_size_16
+        if not instruction.in_memory or prefixed or instruction.reg not in (4, 5):
             return False
-        vcpu, regs = self._vcpu, self._vcpu.sync.regs
-        address = instruction.address(regs, vcpu.sync.sregs)
+        vcpu, sync = self._vcpu, self._vcpu.sync
+        if not sync.sregs.cr4 & CR4_OSXSAVE:
+            raise InstructionFault(UD_VECTOR)
+        if sync.sregs.cr0 & CR0_TS:
+            raise InstructionFault(NM_VECTOR)
+        regs = sync.regs
+        address = instruction.address(regs, sync.sregs)
         if address % 64:
             raise MalformedArea
         xcr0 = vcpu.get_xcr0()
-        components = (regs.rdx << 32 | regs.rax & 0xFFFFFFFF) & xcr0
+        components = ((regs.rdx & 0xFFFFFFFF) << 32 | regs.rax & 0xFFFFFFFF) & xcr0
         size = area_size(self._layout, components)
         linear = self._linear()
         image = vcpu.get_xsave()

@@ -17,6 +17,14 @@ from vmrun.kvm import abi
 # and XSAVES, as only the standard format of XSAVE is carried out.
 KERNEL_PARAMETERS = "clearcpuid=308,297,580,320,321,322,323"
 
+KVM_CPUID_FEATURES = 0x40000001
+# KVM patches a hypercall instruction to the form that its hardware traps; here neither form is trapped, and a
+# guest
+# that uses one executes it for ever. So no feature that is a hypercall: PV_UNHALT, PV_SEND_IPI,
+# PV_SCHED_YIELD,
+# HC_MAP_GPA_RANGE (Documentation/virt/kvm/x86/cpuid.rst).
+_HYPERCALL_FEATURES = 1 << 7 | 1 << 11 | 1 << 13 | 1 << 16
+
 _FEATURE_XSAVE = 1 << 26  # leaf 1 ECX
 _FEATURE_CX16 = 1 << 13
 _FEATURE_AVX = 1 << 28
@@ -53,5 +61,7 @@ def adjust_cpuid(entries: list[abi.kvm_cpuid_entry2]) -> None:
             entry.ebx &= ~(_FEATURE_ERMS | _FEATURE_SMAP)
             if states & 0xE0:
                 entry.ebx |= _FEATURE_AVX512F
+        elif entry.function == KVM_CPUID_FEATURES:
+            entry.eax &= ~_HYPERCALL_FEATURES
         elif entry.function == 0xD and entry.index == 1:
             entry.eax = 0  # no XSAVEOPT, XSAVEC, XGETBV(1), XSAVES: the standard format is all we carry out

@@ -40,6 +40,10 @@ class PageFault(Exception):
         self.error_code = error_code
 
 
+class NotCanonical(Exception):
+    """The address is none that page tables can translate: #GP."""
+
+
 def translate(view: PhysicalView, cr0: int, cr3: int, cr4: int, address: int, *, write: bool) -> int:
     """The guest-physical address of `address` for a supervisor access. Sets accessed and dirty bits as a
     processor does.
@@ -80,7 +84,10 @@ class LinearMemory:
 
     def _pieces(self, address: int, size: int, *, write: bool) -> list[memoryview]:
         pieces = []
+        width = 57 if self._control[2] & CR4_LA57 else 48
         while size > 0:
+            if (address >> width - 1) not in (0, (1 << 65 - width) - 1):
+                raise NotCanonical
             length = min(size, 4096 - address % 4096)
             piece = self._view(translate(self._view, *self._control, address, write=write), length)
             if piece is None:  # the guest points at a hole or at a device: no instruction here works on those

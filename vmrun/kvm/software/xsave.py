@@ -13,8 +13,11 @@ HEADER = LEGACY_SIZE  # XSTATE_BV, XCOMP_BV, and 48 reserved bytes
 HEADER_SIZE = 64
 X87, SSE, AVX = 1 << 0, 1 << 1, 1 << 2
 _X87_RANGES = ((0, 24), (32, 160))  # control words and ST registers; MXCSR lies between them
-_MXCSR = (24, 32)
+_MXCSR = (24, 32)  # the register, and the mask of the bits it has
+_MXCSR_DEFAULT_MASK = 0xFFBF  # the mask when the processor stores zero for it
+_MXCSR_RESET = 0x1F80
 _XMM = (160, 416)
+_DWORD = Struct("<I")
 _QWORD = Struct("<Q")
 
 Layout = dict[int, tuple[int, int]]  # component number (2 and up) -> offset and size in the standard format
@@ -62,12 +65,18 @@ def restore(image: bytearray, area: bytes, layout: Layout, components: int, xcr0
         raise MalformedArea
     for start, end in _ranges(layout, components & present):
         image[start:end] = area[start:end]
-    if components & (SSE | AVX):
-        mxcsr = area[_MXCSR[0] : _MXCSR[0] + 4]
-        if int.from_bytes(mxcsr, "little") & ~0xFFFF:
-            raise MalformedArea
-        image[_MXCSR[0] : _MXCSR[0] + 4] = mxcsr
     # A component whose bit is clear goes to its initial state: KVM does that for each bit clear in what it is
     # given.
     (used,) = _QWORD.unpack_from(image, HEADER)
-    _QWORD.pack_into(image, HEADER, (used & ~components) | (present & components))
+    used = (used & ~components) | (present & components)
+    if components & (SSE | AVX):
+        (mxcsr,) = _DWORD.unpack_from(area, _MXCSR[0])
+        (mask,) = _DWORD.unpack_from(image, _MXCSR[0] + 4)
+        if mxcsr & ~(mask or _MXCSR_DEFAULT_MASK):
+            raise MalformedArea
+        _DWORD.pack_into(image, _MXCSR[0], mxcsr)
+        if mxcsr != _MXCSR_RESET and not used & (SSE | AVX):
+            # XRSTOR loads MXCSR whatever XSTATE_BV says; KVM skips it with components that are not in use.
+            image[_XMM[0] : _XMM[1]] = bytes(_XMM[1] - _XMM[0])
+            used |= SSE
+    _QWORD.pack_into(image, HEADER, used)
