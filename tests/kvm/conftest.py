@@ -43,14 +43,27 @@ def assemble(tmp_path: Path) -> Callable[[str], Program]:
     if shutil.which("as") is None:
         pytest.skip("no assembler (Debian: binutils)")
 
-    def do(source: str) -> Program:
+    def do(source: str, address: int = CODE) -> Program:
         (tmp_path / "guest.s").write_text(f".intel_syntax noprefix\n.global _start\n_start:\n{source}\n")
         subprocess.run(["as", "-o", "guest.o", "guest.s"], cwd=tmp_path, check=True)
-        subprocess.run(["ld", f"-Ttext={CODE:#x}", "-o", "guest.elf", "guest.o"], cwd=tmp_path, check=True)
+        subprocess.run(
+            ["ld", "-N", f"-Ttext={address:#x}", "-o", "guest.elf", "guest.o"], cwd=tmp_path, check=True
+        )
         subprocess.run(["objcopy", "-O", "binary", "guest.elf", "guest.bin"], cwd=tmp_path, check=True)
         names = subprocess.run(["nm", "guest.elf"], cwd=tmp_path, check=True, capture_output=True, text=True)
         labels = {line.split()[2]: int(line.split()[0], 16) for line in names.stdout.splitlines()}
         return Program((tmp_path / "guest.bin").read_bytes(), labels)
+
+    return do
+
+
+@pytest.fixture
+def bare_kernel(tmp_path: Path, assemble: Callable[..., Program]) -> Callable[[str], Path]:
+    """Assemble source into an ELF file that `vmrun boot --kernel` takes."""
+
+    def do(source: str) -> Path:
+        assemble(source, address=0x100000)
+        return tmp_path / "guest.elf"
 
     return do
 

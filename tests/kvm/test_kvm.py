@@ -75,8 +75,10 @@ def test_ioeventfd_takes_memory_writes_of_any_size(
     tiny: Any, assemble: Callable[[str], Any], eventfd: int
 ) -> None:
     tiny.vm.ioeventfd(eventfd, 0xC0001000, 0, pio=False)
-    program = "mov edi, 0xC0001000; mov word ptr [rdi], 1; mov dword ptr [rdi], 2; mov byte ptr [rdi], 3; out
-    0x10, al" tiny.load(assemble(program)) tiny.run_to_port(0x10) assert os.eventfd_read(eventfd) == 3
+    writes = "mov word ptr [rdi], 1; mov dword ptr [rdi], 2; mov byte ptr [rdi], 3"
+    tiny.load(assemble(f"mov edi, 0xC0001000; {writes}; out 0x10, al"))
+    tiny.run_to_port(0x10)
+    assert os.eventfd_read(eventfd) == 3
 
 
 def test_ioeventfd_with_a_value_lets_others_through(
