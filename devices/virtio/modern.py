@@ -1,8 +1,6 @@
 """The modern register layout of virtio over PCI: a memory BAR and the capabilities that say so. VMM process.
 
-virtio 1.2, section 4.1.4. A page each: common configuration, ISR, device configuration, notifications. A
-driver must use each field's own width; other widths do what the bytes say: a write changes the fields it
-covers, those it covers in part by read-modify-write, in order of their addresses.
+virtio 1.2, section 4.1.4. A page each: common configuration, ISR, device configuration, notifications.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING
 from devices.board import Board, Kick
 from devices.pci.bars import BarKind
 from devices.pci.config import CAP_VENDOR
+from devices.virtio.fields import read_fields, write_fields
 
 if TYPE_CHECKING:
     from devices.virtio.transport import VirtioPciFunction
@@ -149,7 +148,7 @@ class ModernRegisters:
             return function.read_isr() if start == 0 else 0
         with function.lock:
             if page == COMMON_OFFSET:
-                return self._read_common(start, size)
+                return read_fields(COMMON_FIELDS, self._get, start, size)
             if page == DEVICE_OFFSET:
                 return function.read_device_config(start, size)
         return 0
@@ -162,27 +161,9 @@ class ModernRegisters:
             return
         with function.lock:
             if page == COMMON_OFFSET:
-                self._write_common(start, size, value)
+                write_fields(COMMON_FIELDS, self._get, self._set, start, size, value)
             elif page == DEVICE_OFFSET:
                 function.write_device_config(start, size, value)
-
-    def _read_common(self, offset: int, size: int) -> int:
-        value = 0
-        for start, width, name in COMMON_FIELDS:
-            if start < offset + size and offset < start + width:
-                field = self._get(name)
-                value |= field << 8 * (start - offset) if start >= offset else field >> 8 * (offset - start)
-        return value & (1 << (8 * size)) - 1
-
-    def _write_common(self, offset: int, size: int, value: int) -> None:
-        for start, width, name in COMMON_FIELDS:
-            first, end = max(start, offset), min(start + width, offset + size)
-            if first < end:
-                mask = (1 << (8 * (end - first))) - 1
-                shift = 8 * (first - start)
-                written = value >> 8 * (first - offset) & mask
-                kept = 0 if end - first == width else self._get(name) & ~(mask << shift)
-                self._set(name, kept | written << shift)
 
     def _get(self, name: str) -> int:
         function = self._function

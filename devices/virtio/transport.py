@@ -1,8 +1,9 @@
 """virtio over PCI: what driver and device share, whichever register layout is used. VMM process.
 
-virtio 1.2, section 2.1 (status), 2.2 (features), 3.1 (initialization) and 4.1.5 (PCI-specific operation). The
-layouts, `devices.virtio.modern` and later a legacy one beside it, translate register accesses into calls of
-`VirtioPciFunction`.
+virtio 1.2, section 2.1 (status), 2.2 (features), 3.1 (initialization), 4.1.2 (ids) and 4.1.5 (PCI-specific
+operation). The layouts, `devices.virtio.modern` and `devices.virtio.legacy`, translate register accesses
+into calls of `VirtioPciFunction`. A transitional device has both; which of them a driver uses is known only
+when it activates the device.
 
 Locks. `lock`, the function's RLock, covers the state machine and every call into the device. A reset holds it
 until the device's rings are quiet, which may take milliseconds and wait for a worker process. `_signal_lock`
@@ -27,6 +28,7 @@ from devices.virtio.device import (
     DEVICE_NEEDS_RESET,
     DRIVER_OK,
     FEATURES_OK,
+    VIRTIO_F_ANY_LAYOUT,
     VIRTIO_F_VERSION_1,
     VIRTIO_ID_BLOCK,
     VIRTIO_ID_CONSOLE,
@@ -36,6 +38,7 @@ from devices.virtio.device import (
     QueueConfig,
     VirtioDevice,
 )
+from devices.virtio.legacy import LegacyRegisters, ring_addresses
 from devices.virtio.modern import ModernRegisters
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,17 @@ VIRTIO_VENDOR = 0x1AF4
 MODERN_DEVICE_BASE = 0x1040  # plus the device type
 MODERN_REVISION = 1
 MODERN_SUBSYSTEM_BASE = 0x40  # at least this, so that no legacy driver takes the device (4.1.2.1)
+
+# Types that legacy drivers know, and the ids they know them by (4.1.2.1). Legacy drivers read the type from
+# the subsystem id.
+TRANSITIONAL_DEVICES = {
+    VIRTIO_ID_NET: 0x1000,
+    VIRTIO_ID_BLOCK: 0x1001,
+    VIRTIO_ID_CONSOLE: 0x1003,
+    VIRTIO_ID_SCSI: 0x1004,
+    VIRTIO_ID_ENTROPY: 0x1005,
+}
+TRANSITIONAL_REVISION = 0
 
 # Class codes as other virtio implementations give them; guests bind by id and only show these.
 CLASS_CODES = {
@@ -55,7 +69,8 @@ CLASS_CODES = {
 }
 CLASS_UNASSIGNED = 0xFF0000
 
-# BAR 0 is the legacy layout's place, and 2 to 5 leave room for a wider modern BAR.
+# Legacy drivers look at BAR 0; 2 to 5 leave room for a wider modern BAR.
+LEGACY_BAR = 0
 MSIX_BAR = 1
 MODERN_BAR = 4
 
@@ -64,6 +79,40 @@ ISR_CONFIG = 2
 NO_VECTOR = 0xFFFF
 
 FEATURE_WORDS = 4  # drivers may select more than the 64 bits that exist; these words are kept to be refused
+
+
+# What a driver of the legacy layout can see and accept (2.2.3).
+LEGACY_FEATURES = (1 << 32) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class PciIdentity:
+    """What a function says that it is. `class_code` has 24 bits."""
+
+    vendor_id: int
+    device_id: int
+    class_code: int
+    revision: int
+    subsystem_vendor_id: int
+    subsystem_id: int
+
+
+def virtio_identity(device_type: int) -> PciIdentity:
+    """The ids of a virtio device: transitional ones where legacy drivers know the type."""
+    class_code = CLASS_CODES.get(device_type, CLASS_UNASSIGNED)
+    transitional = TRANSITIONAL_DEVICES.get(device_type)
+    if transitional is not None:
+        return PciIdentity(
+            VIRTIO_VENDOR, transitional, class_code, TRANSITIONAL_REVISION, VIRTIO_VENDOR, device_type
+        )
+    return PciIdentity(
+        VIRTIO_VENDOR,
+        MODERN_DEVICE_BASE + device_type,
+        class_code,
+        MODERN_REVISION,
+        VIRTIO_VENDOR,
+        MODERN_SUBSYSTEM_BASE + device_type,
+    )
 
 
 @dataclass(slots=True)
@@ -83,32 +132,39 @@ class TransportQueue:
 class VirtioPciFunction(PciFunction):
     """A virtio device as a PCI function, and its `QueueEvents`. Owns the device and the eventfds.
 
-    `name` is for the log. One MSI-X vector for each queue and one for configuration changes.
+    `name` is for the log. One MSI-X vector for each queue and one for configuration changes. With an
+    `identity` of its own the device is one that only drivers of the legacy layout know, as it was before
+    virtio 1.0: no modern BAR, and no MSI-X.
     """
 
     def __init__(
-        self, device: VirtioDevice, board: Board, *, name: str = "", class_code: int | None = None
+        self, device: VirtioDevice, board: Board, *, name: str = "", identity: PciIdentity | None = None
     ) -> None:
-        if class_code is None:
-            class_code = CLASS_CODES.get(device.device_id, CLASS_UNASSIGNED)
+        modern = identity is None
+        if identity is None:
+            identity = virtio_identity(device.device_id)
         super().__init__(
-            vendor_id=VIRTIO_VENDOR,
-            device_id=MODERN_DEVICE_BASE + device.device_id,
-            class_code=class_code,
-            revision=MODERN_REVISION,
-            subsystem_vendor_id=VIRTIO_VENDOR,
-            subsystem_id=MODERN_SUBSYSTEM_BASE + device.device_id,
+            vendor_id=identity.vendor_id,
+            device_id=identity.device_id,
+            class_code=identity.class_code,
+            revision=identity.revision,
+            subsystem_vendor_id=identity.subsystem_vendor_id,
+            subsystem_id=identity.subsystem_id,
             interrupt_pin=1,
         )
         self.device = device
         self.name = name or f"virtio device {device.device_id}"
-        self.features = device.features | VIRTIO_F_VERSION_1
+        self.queues = [TransportQueue(index, size, size) for index, size in enumerate(device.queue_sizes)]
+        self.features = device.features | VIRTIO_F_VERSION_1 if modern else device.features
+        # Our devices never care how a request is cut into buffers; legacy drivers want to be told (6.3).
+        self.legacy_features = device.features & LEGACY_FEATURES
+        if self.queues:
+            self.legacy_features |= VIRTIO_F_ANY_LAYOUT
         self.driver_features = 0
         self.status = 0
         self.device_feature_select = 0
         self.driver_feature_select = 0
         self.queue_select = 0
-        self.queues = [TransportQueue(index, size, size) for index, size in enumerate(device.queue_sizes)]
         self.config_vector = NO_VECTOR
         self.config_generation = 0
         self.isr = 0
@@ -120,15 +176,20 @@ class VirtioPciFunction(PciFunction):
         self._closed = False
         self._kick_fds = [_eventfd() for _ in self.queues]
         self._intx_fd = _eventfd()
-        self.msix = MsiX(
-            self.config,
-            self.lock,
-            MSIX_BAR,
-            [board.msi_vector() for _ in range(len(self.queues) + 1)],
-            self._msix_switched,
-        )
-        self.add_bar(MSIX_BAR, BarKind.MEMORY_32, self.msix.bar_size, self.msix)
-        ModernRegisters(self, board, MODERN_BAR)
+        self.msix: MsiX | None = None
+        if modern:
+            self.msix = MsiX(
+                self.config,
+                self.lock,
+                MSIX_BAR,
+                [board.msi_vector() for _ in range(len(self.queues) + 1)],
+                self._msix_switched,
+            )
+            self.add_bar(MSIX_BAR, BarKind.MEMORY_32, self.msix.bar_size, self.msix)
+            ModernRegisters(self, board, MODERN_BAR)
+        self._legacy: LegacyRegisters | None = None
+        if not modern or device.device_id in TRANSITIONAL_DEVICES:
+            self._legacy = LegacyRegisters(self, board, LEGACY_BAR)
         board.watch(self._intx_fd, self._intx_signalled)
 
     # What the register layouts call, with `lock` held unless said otherwise.
@@ -137,8 +198,15 @@ class VirtioPciFunction(PciFunction):
         """The queue that the driver selected, None when it does not exist."""
         return self.queues[self.queue_select] if self.queue_select < len(self.queues) else None
 
-    def set_status(self, value: int) -> None:
-        """The driver writes device status. 0 resets; otherwise bits are only ever added (2.1.1)."""
+    @property
+    def msix_enabled(self) -> bool:
+        return self.msix is not None and self.msix.enabled
+
+    def set_status(self, value: int, *, legacy: bool = False) -> None:
+        """The driver writes device status. 0 resets; otherwise bits are only ever added (2.1.1).
+
+        `legacy`: through the legacy layout, whose drivers know no FEATURES_OK.
+        """
         if value == 0:
             self.reset()
             return
@@ -147,31 +215,38 @@ class VirtioPciFunction(PciFunction):
             added &= ~FEATURES_OK
         with self._signal_lock:
             self.status |= added
-        if added & DRIVER_OK:
-            self._activate()
+        if added & DRIVER_OK and not self.active:
+            self._activate(legacy=legacy)
 
     def _features_acceptable(self) -> bool:
         return not self.driver_features & ~self.features and bool(self.driver_features & VIRTIO_F_VERSION_1)
 
-    def _activate(self) -> None:
+    def _activate(self, *, legacy: bool) -> None:
+        features = self.driver_features
         if not self.status & FEATURES_OK:
-            self.needs_reset("the driver set DRIVER_OK without agreeing on features")
-            return
+            if not legacy:
+                self.needs_reset("the driver set DRIVER_OK without agreeing on features")
+                return
+            features &= self.legacy_features
         queues = [
             QueueConfig(queue.index, queue.size, queue.descriptors, queue.available, queue.used)
             for queue in self.queues
             if queue.enabled
         ]
         try:
-            self.device.activate(self.driver_features, queues, self)
+            self.device.activate(features, queues, self)
         except GuestError as error:
             self.needs_reset(str(error))
-        else:
-            self.active = True
+            return
+        self.active = True
+        if legacy and self._legacy is not None:
+            self._legacy.start_kicks()
 
     def reset(self) -> None:
         """Device reset (2.4). When it returns the rings are quiet and all is as before the driver came."""
         self.active = False
+        if self._legacy is not None:
+            self._legacy.stop_kicks()
         self.device.reset()
         self.driver_features = 0
         self.device_feature_select = 0
@@ -189,8 +264,8 @@ class VirtioPciFunction(PciFunction):
             self._update_pin()
 
     def set_driver_features(self, word: int, value: int) -> None:
-        """Accept 32 feature bits from bit 32 * `word`; fixed once FEATURES_OK is set."""
-        if word < FEATURE_WORDS and not self.status & FEATURES_OK:
+        """Accept 32 feature bits from bit 32 * `word`; fixed once FEATURES_OK is set or the device runs."""
+        if word < FEATURE_WORDS and not self.status & FEATURES_OK and not self.active:
             shift = 32 * word
             self.driver_features = self.driver_features & ~(0xFFFFFFFF << shift) | value << shift
 
@@ -201,19 +276,34 @@ class VirtioPciFunction(PciFunction):
 
     def enable_queue(self, queue: TransportQueue) -> None:
         """Fix the queue's addresses and size until reset. Too late once the device runs: it looks once."""
-        if not self.status & DRIVER_OK:
+        if not self.status & DRIVER_OK and not self.active:
             queue.enabled = True
+
+    def set_queue_page(self, queue: TransportQueue, page: int) -> None:
+        """A legacy driver puts the whole ring at 4096 * `page`, or takes it away with 0 (4.1.5.1.3.1).
+
+        To take away a ring that is being served resets the device, as it does in QEMU: the driver goes.
+        Another place for it is ignored.
+        """
+        if self.active:
+            if queue.enabled and page == 0:
+                self.reset()
+            return
+        queue.descriptors, queue.available, queue.used = (
+            ring_addresses(page, queue.size) if page else (0, 0, 0)
+        )
+        queue.enabled = page != 0
 
     def valid_vector(self, vector: int) -> int:
         """`vector` when the device has it, else NO_VECTOR: what the driver reads back (4.1.5.1.2)."""
-        return vector if vector < len(self.msix.vectors) else NO_VECTOR
+        return vector if self.msix is not None and vector < len(self.msix.vectors) else NO_VECTOR
 
     def set_config_vector(self, vector: int) -> None:
         self.config_vector = self.valid_vector(vector)
 
     def set_queue_vector(self, queue: TransportQueue, vector: int) -> None:
         queue.vector = self.valid_vector(vector)
-        if self.active and queue.enabled and self.msix.enabled:
+        if self.active and queue.enabled and self.msix_enabled:
             self.device.set_call(queue.index, self.call_fd(queue.index))
 
     def read_isr(self) -> int:
@@ -227,6 +317,22 @@ class VirtioPciFunction(PciFunction):
         """The driver notified `queue` by a write that no kick caught. Needs no lock."""
         if queue < len(self._kick_fds):
             _signal(self._kick_fds[queue])
+
+    def notify_legacy(self, queue: int) -> None:
+        """The same through the legacy layout, which has no kicks while the device does not run. Takes `lock`.
+
+        Before virtio 1.0 drivers used their device while they probed, and set DRIVER_OK afterwards: Linux
+        did until 3.18 and waited for the partition table. So the first notification starts the device.
+        """
+        if not self.active:
+            with self.lock:
+                self._start_by_notification(queue)
+        self.notify(queue)
+
+    def _start_by_notification(self, queue: int) -> None:
+        over = self.active or self.status & (DEVICE_NEEDS_RESET | FEATURES_OK)
+        if not over and queue < len(self.queues) and self.queues[queue].enabled:
+            self._activate(legacy=True)
 
     def read_device_config(self, offset: int, size: int) -> int:
         try:
@@ -248,10 +354,11 @@ class VirtioPciFunction(PciFunction):
         return self._kick_fds[queue]
 
     def call_fd(self, queue: int) -> int:
-        if not self.msix.enabled:
+        msix = self.msix
+        if msix is None or not msix.enabled:
             return self._intx_fd
         vector = self.queues[queue].vector
-        return -1 if vector == NO_VECTOR else self.msix.fd(vector)
+        return -1 if vector == NO_VECTOR else msix.fd(vector)
 
     def config_changed(self) -> None:
         with self._signal_lock:
@@ -274,7 +381,7 @@ class VirtioPciFunction(PciFunction):
         if self._closed or not self.status & DRIVER_OK:
             return
         self.isr |= ISR_CONFIG
-        if not self.msix.enabled:
+        if self.msix is None or not self.msix.enabled:
             self._update_pin()
         elif self.config_vector != NO_VECTOR:
             _signal(self.msix.fd(self.config_vector))
@@ -284,7 +391,7 @@ class VirtioPciFunction(PciFunction):
         with self._signal_lock:
             if self._closed or not _drain(self._intx_fd):
                 return  # closed or reset since the main loop saw the signal
-            if not self.msix.enabled:
+            if self.msix is None or not self.msix.enabled:
                 self.isr |= ISR_QUEUE
                 self._update_pin()
                 return
@@ -294,7 +401,7 @@ class VirtioPciFunction(PciFunction):
                     _signal(self.msix.fd(queue.vector))
 
     def _update_pin(self) -> None:
-        self.intx.set_asserted(bool(self.isr) and not self.msix.enabled)
+        self.intx.set_asserted(bool(self.isr) and not self.msix_enabled)
 
     def _msix_switched(self) -> None:
         with self._signal_lock:
@@ -321,7 +428,8 @@ class VirtioPciFunction(PciFunction):
                     os.close(fd)
                 self._kick_fds = []
                 self.intx.set_asserted(False)
-            self.msix.close()
+            if self.msix is not None:
+                self.msix.close()
 
 
 def _eventfd() -> int:

@@ -97,7 +97,8 @@ class FakeBoard:
         self, space: str, address: int, size: int, fd: int, value: int | None = None
     ) -> FakeKick:
         for kick in self.kicks:
-            assert (kick.space, kick.address) != (space, address), "two kicks at one address"
+            known = (kick.space, kick.address, kick.value)
+            assert known != (space, address, value), "two kicks at one address"
         self.kicks.append(FakeKick(self, space, address, size, fd, value))
         return self.kicks[-1]
 
@@ -115,11 +116,21 @@ class FakeBoard:
 
     def guest_write(self, address: int, size: int, value: int) -> None:
         """A memory write by the guest: a kick catches it, or the bus gets it."""
+        if not self._caught("mmio", address, size, value):
+            self.mmio.write(address, size, value)
+
+    def guest_out(self, port: int, size: int, value: int) -> None:
+        """The same to a port."""
+        if not self._caught("pio", port, size, value):
+            self.pio.write(port, size, value)
+
+    def _caught(self, space: str, address: int, size: int, value: int) -> bool:
         for kick in self.kicks:
-            if kick.space == "mmio" and kick.address == address and kick.size in (0, size):
+            there = kick.space == space and kick.address == address and kick.size in (0, size)
+            if there and kick.value in (None, value):
                 os.eventfd_write(kick.fd, 1)
-                return
-        self.mmio.write(address, size, value)
+                return True
+        return False
 
 
 class FakeGuest:
