@@ -1,5 +1,6 @@
 """Taps, real ones, in a network namespace of the test's own."""
 
+import json
 import os
 import signal
 import socket
@@ -28,6 +29,11 @@ def exists(name: str) -> bool:
 
 def ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def mac(interface: str) -> str:
+    (link,) = json.loads(ip("-j", "link", "show", interface))
+    return str(link["address"])
 
 
 @pytest.mark.root

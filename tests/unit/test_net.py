@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from devices.errors import GuestError
+from devices.net import dhcp
 from devices.virtio import net
 from devices.virtio.net import NetDevice
 from devices.worker.ring import DRAINED, MORE, NEED_SOURCE
@@ -28,12 +29,18 @@ FRAME = bytes(range(60))
 class Card:
     """A network card, its two queues, and `wire`: what the other end of the tap sees."""
 
-    def __init__(self, features: int = VERSION_1, mtu: int | None = None) -> None:
+    def __init__(
+        self,
+        features: int = VERSION_1,
+        mtu: int | None = None,
+        locked: bool = False,
+        lease: dhcp.Lease | None = None,
+    ) -> None:
         tap, self.wire = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.wire.setblocking(False)
         self.wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         tap.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        self.device = NetDevice(tap.detach(), MAC, mtu)
+        self.device = NetDevice(tap.detach(), MAC, mtu, locked=locked, lease=lease)
         self.device.set_features(features)
         self.rx = Guest()
         self.tx = Guest(self.rx.memory, 1)

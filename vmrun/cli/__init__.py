@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
 
             traceback.print_exc()
         else:
-            print(f"vmrun: {_one_line(error)}", file=sys.stderr)
+            print(f"vmrun: {one_line(error)}", file=sys.stderr)
         return error.code if isinstance(error, UserError) else EXIT_VMM
 
 
@@ -79,7 +79,8 @@ def _reader_is_gone() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What is wrong, for the user."""
     if isinstance(error, UserError):
         text = str(error)
     elif isinstance(error, OSError):

@@ -7,11 +7,40 @@ from typing import Annotated, Any
 import typer
 from typer import Exit as Exit
 
-from vmrun.cli import boot, doctor, guest, print_version
+from vmrun.cli import boot, console, doctor, guest, machines, print_version
 
 # Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
 # the base class of what is wrong with a command line.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+# How `vmrun --help` groups them. A command that is in no group here comes last.
+GROUPS = {
+    "Start machines": ("boot",),
+    "Look at machines": ("ps", "inspect", "top", "console", "log"),
+    "Control machines": ("stop", "wait", "reset", "pause", "resume"),
+    "This host": ("doctor", "guest"),
+}
+
+
+class GroupedCommands(typer.core.TyperGroup):
+    """The list of commands in --help, under the headings of GROUPS."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        names = self.list_commands(ctx)
+        grouped = {name for group in GROUPS.values() for name in group}
+        others = tuple(name for name in names if name not in grouped)
+        width = max(len(name) for name in names)
+        for heading, group in (GROUPS | {"Other commands": others}).items():
+            rows = []
+            for name in group:
+                command = self.get_command(ctx, name)
+                if command is not None and not command.hidden:
+                    text = command.get_short_help_str(formatter.width - 6 - width)
+                    rows.append((name.ljust(width), text))
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
 
 
 def command() -> Any:
@@ -20,6 +49,7 @@ def command() -> Any:
     """
     app = typer.Typer(
         name="vmrun",
+        cls=GroupedCommands,
         help="Run microVMs on Linux/KVM: real disks, real taps, a sandboxed process per device.",
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -29,7 +59,20 @@ def command() -> Any:
     )
     app.callback(invoke_without_command=True)(vmrun)
     app.command("boot", epilog=boot.EPILOG)(boot.boot)
-    app.command("doctor")(doctor.doctor)
+    for command in (
+        machines.ps,
+        machines.inspect,
+        machines.top,
+        console.console,
+        console.log,
+        machines.stop,
+        machines.wait,
+        machines.reset,
+        machines.pause,
+        machines.resume,
+        doctor.doctor,
+    ):
+        app.command(command.__name__)(command)
     app.add_typer(guest.app(), name="guest")
     return typer.main.get_command(app)
 

@@ -1,12 +1,13 @@
-"""`vmrun boot`: one machine in the foreground, its serial console on the terminal. User side of the VMM
-process.
-"""
+"""`vmrun boot`: one machine, its serial console on the terminal or detached. User side of the VMM process."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from vmrun.machine.config import MachineConfig
 
 EPILOG = (
     "On a terminal, Ctrl-A x stops the machine, Ctrl-A Ctrl-A sends a Ctrl-A, Ctrl-A h is help. "
@@ -20,7 +21,7 @@ def boot(
         typer.Option(
             "--disk",
             metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT]",
-            help="A disk: the guest's /dev/vda, then vdb and so on. Repeatable.",
+            help="A disk: the guest's /dev/vda, then vdb and so on; or vhost-user:SOCKET. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -28,10 +29,14 @@ def boot(
         list[str] | None,
         typer.Option(
             "--nic",
-            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX]",
+            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE]",
             help="A network card on TAP, made if it is not there; ip= is for the host's end. Repeatable.",
             show_default=False,
         ),
+    ] = None,
+    cdrom: Annotated[
+        Path | None,
+        typer.Option(metavar="ISO", help="A CD or DVD image: the guest's /dev/sr0.", show_default=False),
     ] = None,
     kernel: Annotated[
         Path | None,
@@ -48,10 +53,16 @@ def boot(
         str | None,
         typer.Option(metavar="TIME", help="Stop the machine after this long, as in 90s.", show_default=False),
     ] = None,
-    name: Annotated[str, typer.Option(metavar="NAME", help="What messages call the machine.")] = "vm",
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What other commands call it; made up if not given."),
+    ] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return once it runs, print its name, and let it run on.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is being done.")] = False,
 ) -> int:
-    """Start a machine, its serial console on this terminal."""
+    """Start a machine, on this terminal or in the background (-d)."""
     from vmrun.cli import options
     from vmrun.host.console import Console
     from vmrun.machine.config import MachineConfig
@@ -62,17 +73,31 @@ def boot(
         kernel=kernel,
         initrd=initrd,
         cmdline=append,
-        disks=tuple(options.parse_disk(text) for text in disk or ()),
+        disks=tuple(options.parse_any_disk(text) for text in disk or ()),
         nics=tuple(options.parse_nic(text) for text in nic or ()),
-        name=name,
+        cdrom=cdrom,
         verbose=verbose,
     )
     seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
 
-    from vmrun.machine.machine import run  # only now: a mistake in the options needs no KVM
+    from vmrun.control import session  # only now: a mistake in the options needs no KVM
 
+    if detach:
+        return _boot_detached(config, name, seconds)
     with Console() as console:
-        outcome = run(config, console=console, timeout=seconds)
+        outcome = session.run(config, name=name, timeout=seconds, console=console)
     if outcome.code:
         print(f"vmrun: {outcome.reason}", file=sys.stderr)
     return outcome.code
+
+
+def _boot_detached(config: "MachineConfig", name: str | None, timeout: float | None) -> int:
+    from vmrun.cli import one_line
+    from vmrun.control import detach, session
+
+    def vmm(starter: detach.Detached) -> tuple[int, str]:
+        outcome = session.run(config, name=name, timeout=timeout, starter=starter)
+        return outcome.code, outcome.reason
+
+    print(detach.start(vmm, one_line))
+    return 0

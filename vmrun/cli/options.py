@@ -10,16 +10,25 @@ from pathlib import Path
 from vmrun.errors import UserError
 from vmrun.host.disks import disk_format
 from vmrun.host.tap import check_interface_name, parse_host_address, parse_mac
-from vmrun.machine.config import DiskConfig, NicConfig
+from vmrun.machine.config import DiskConfig, NicConfig, VhostUserDisk
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 TIME_UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+VHOST_USER = "vhost-user:"
 SERIAL_SIZE = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6
 
 # The keys of an option: whether each takes a value.
 Keys = dict[str, bool]
 DISK_KEYS: Keys = {"ro": False, "format": True, "serial": True}
-NIC_KEYS: Keys = {"mac": True, "ip": True}
+NIC_KEYS: Keys = {
+    "mac": True,
+    "ip": True,
+    "bridge": True,
+    "mtu": True,
+    "locked": False,
+    "local": False,
+    "boot": True,
+}
 
 
 def split_commas(text: str) -> list[str]:
@@ -69,6 +78,16 @@ def _unknown_key(key: str, keys: Keys) -> str:
     return f"unknown key {key!r}{hint}" + ("" if close else "; a comma inside a value is written twice")
 
 
+def parse_any_disk(text: str) -> DiskConfig | VhostUserDisk:
+    """As `parse_disk`, or vhost-user:SOCKET, a back end of somebody else's."""
+    if not text.startswith(VHOST_USER):
+        return parse_disk(text)
+    path, _ = parse_keys("--disk", text.removeprefix(VHOST_USER), {})
+    if not path:
+        raise UserError(f"--disk {text}: give the path of a socket, as in --disk {VHOST_USER}/run/disk.sock")
+    return VhostUserDisk(Path(path))
+
+
 def parse_disk(text: str) -> DiskConfig:
     """PATH[,ro][,format=raw|qcow2][,serial=TEXT]"""
     path, keys = parse_keys("--disk", text, DISK_KEYS)
@@ -81,13 +100,28 @@ def parse_disk(text: str) -> DiskConfig:
 
 
 def parse_nic(text: str) -> NicConfig:
-    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24]"""
+    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24][,bridge=br0][,mtu=9000][,locked][,local][,boot=FILE]"""
     tap, keys = parse_keys("--nic", text, NIC_KEYS)
     check_interface_name(tap)
     address = keys.get("ip")
     if address is not None:
         parse_host_address(address)
-    return NicConfig(tap, parse_mac(keys["mac"]) if "mac" in keys else None, address)
+    bridge = keys.get("bridge")
+    if bridge is not None:
+        check_interface_name(bridge, "bridge=")
+    mtu = keys.get("mtu")
+    if mtu is not None and not (mtu.isascii() and mtu.isdecimal() and len(mtu) < 6):
+        raise UserError(f"--nic {text}: mtu={mtu}: give a number of bytes, as in mtu=9000")
+    return NicConfig(
+        tap,
+        parse_mac(keys["mac"]) if "mac" in keys else None,
+        address,
+        int(mtu) if mtu is not None else None,
+        "locked" in keys,
+        "local" in keys,
+        bridge,
+        keys.get("boot", ""),
+    )
 
 
 def _split_unit(text: str) -> tuple[float, str] | None:

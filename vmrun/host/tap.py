@@ -15,6 +15,7 @@ import struct
 from types import TracebackType
 
 from vmrun.errors import UserError
+from vmrun.host.addresses import add_address, remove_address
 
 # linux/if_tun.h
 TUNSETIFF = 0x400454CA
@@ -29,6 +30,8 @@ IFF_VNET_HDR = 0x4000
 # linux/sockios.h and linux/if.h
 SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
+SIOCSIFMTU = 0x8922
+SIOCGIFHWADDR = 0x8927
 IFF_UP = 0x0001
 IFNAMSIZ = 16
 
@@ -36,15 +39,17 @@ VIRTIO_NET_HDR_SIZE = 12  # struct virtio_net_hdr with num_buffers: virtio 1.2, 
 IFREQ = struct.Struct("16sH22x")  # struct ifreq as these calls use it: a name and 16 bits of flags
 
 
-def check_interface_name(name: str) -> str:
-    """`name` if the kernel can take it (dev_valid_name in net/core/dev.c), else UserError."""
+def check_interface_name(name: str, option: str = "--nic ") -> str:
+    """`name` if the kernel can take it (dev_valid_name in net/core/dev.c), else a UserError that names
+    `option`.
+    """
     if not name:
         raise UserError("--nic: give the name of a tap, as in --nic tap0")
     if len(os.fsencode(name)) >= IFNAMSIZ:
-        raise UserError(f"--nic {name}: an interface name has at most {IFNAMSIZ - 1} bytes")
+        raise UserError(f"{option}{name}: an interface name has at most {IFNAMSIZ - 1} bytes")
     if name in (".", "..") or any(c in "/:%" or c.isspace() or not c.isprintable() for c in name):
         # "%" is legal in a name, but TUNSETIFF takes it as a template ("tap%d") and picks a name of its own.
-        raise UserError(f"--nic {name!r}: not an interface name (no '/', ':', '%' or spaces)")
+        raise UserError(f"{option}{name!r}: not an interface name (no '/', ':', '%' or spaces)")
     return name
 
 
@@ -112,22 +117,26 @@ class Tap:
     frame read or written carries a virtio_net_hdr of 12 bytes and nothing is offloaded, so that header says
     nothing but "one plain frame".
 
-    After a crash only what an existing tap was lent remains: up, and the address.
+    `mtu` (68 to 65521) is for a tap made here; an existing one keeps its own.
+
+    After a crash only what an existing tap was lent remains: up, and the addresses.
     Raises UserError for what the user can put right and OSError for the rest.
     """
 
-    def __init__(self, name: str, address: str | None = None) -> None:
+    def __init__(self, name: str, address: str | None = None, mtu: int | None = None) -> None:
         self.name = check_interface_name(name)
         self.fd = -1
         self.made_here = False
         self._brought_up = False
-        self._added_address: tuple[str, int] | None = None
+        self._added_addresses: list[tuple[str, int]] = []
         wanted = parse_host_address(address) if address is not None else None
         try:
             self._open()
+            if mtu is not None and self.made_here:
+                self._set_mtu(mtu)
             self._bring_up()
             if wanted is not None:
-                self._add_address(*wanted)
+                self.add_address(*wanted)
         except BaseException:
             self.close()
             raise
@@ -197,35 +206,23 @@ class Tap:
                 f"ip link set {self.name} up"
             ) from None
 
-    def _add_address(self, address: str, prefix: int) -> None:
-        from pyroute2 import IPRoute  # about 120 ms
-        from pyroute2.netlink.exceptions import NetlinkError
+    def add_address(self, address: str, prefix: int) -> None:
+        """Give the host's end an address, as ("172.16.0.1", 24). `close` takes it away if it was not there
+        before.
+        """
+        if add_address(self.name, address, prefix):
+            self._added_addresses.append((address, prefix))
 
-        with IPRoute() as route:
-            index = socket.if_nametoindex(self.name)
-            try:
-                route.addr("add", index=index, address=address, prefixlen=prefix)
-            except NetlinkError as error:
-                if error.code == errno.EEXIST:
-                    return  # it was there before us, and stays
-                if error.code == errno.EPERM:
-                    raise UserError(
-                        f"ip={address}/{prefix}: giving {self.name} an address takes CAP_NET_ADMIN: "
-                        f"ip addr add {address}/{prefix} dev {self.name}"
-                    ) from None
-                raise OSError(error.code, f"tap {self.name}, address {address}/{prefix}: {error}") from None
-        self._added_address = (address, prefix)
+    def mac(self) -> bytes:
+        """The host's end's own hardware address."""
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+            answer = fcntl.ioctl(control, SIOCGIFHWADDR, IFREQ.pack(os.fsencode(self.name), 0))
+        return answer[IFNAMSIZ + 2 : IFNAMSIZ + 8]
 
-    def _remove_address(self, address: str, prefix: int) -> None:
-        from pyroute2 import IPRoute
-        from pyroute2.netlink.exceptions import NetlinkError
-
-        try:
-            with IPRoute() as route:
-                index = socket.if_nametoindex(self.name)
-                route.addr("del", index=index, address=address, prefixlen=prefix)
-        except (OSError, NetlinkError):
-            pass  # somebody took the address or the whole tap away meanwhile: what we want
+    def _set_mtu(self, mtu: int) -> None:
+        request = struct.pack("16si20x", os.fsencode(self.name), mtu)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as control:
+            fcntl.ioctl(control, SIOCSIFMTU, request)
 
     def close(self) -> None:
         """Undo what was done to an existing tap, and let go of `fd`. Fine to call twice."""
@@ -233,8 +230,8 @@ class Tap:
             return
         try:
             if not self.made_here:
-                if self._added_address is not None:
-                    self._remove_address(*self._added_address)
+                for address, prefix in self._added_addresses:
+                    remove_address(self.name, address, prefix)
                 if self._brought_up:
                     self._set_link(up=False)
         except OSError:

@@ -2,6 +2,7 @@
 process.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,14 +25,43 @@ class DiskConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VhostUserDisk:
+    """A virtio-blk disk that a process of somebody else's serves at the UNIX socket `path`."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class NicConfig:
-    """One virtio-net card on tap `tap`. `address` is given to the host's end ("172.16.0.1/24"); a MAC is 6
-    bytes.
+    """One virtio-net card on tap `tap`. `address` is given to the host's end ("172.16.0.1/24"): the tap, or
+    `bridge` if that is given; a MAC is 6 bytes.
+
+    `locked`: the guest sends from its MAC only, and gets only what is for it. `local`: a link of two
+    addresses with the host, which the guest learns by DHCP, with `boot_file` (at most 127 bytes) as what to
+    boot.
     """
 
     tap: str
     mac: bytes | None = None
     address: str | None = None
+    mtu: int | None = None
+    locked: bool = False
+    local: bool = False
+    bridge: str | None = None
+    boot_file: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mtu is not None and not 68 <= self.mtu <= 65521:
+            raise UserError(f"--nic {self.tap}: mtu={self.mtu}: give 68 to 65521, the sizes a tap takes")
+        if self.local and (self.address is not None or self.bridge is not None):
+            raise UserError(
+                f"--nic {self.tap}: local is a link with the host alone, and chooses the addresses itself: "
+                "give it, or ip= and bridge="
+            )
+        if self.boot_file and not self.local:
+            raise UserError(f"--nic {self.tap}: boot= is what the DHCP answer of local hands out: add local")
+        if len(os.fsencode(self.boot_file)) > 127 or "\0" in self.boot_file:
+            raise UserError(f"--nic {self.tap}: boot= is a file name of at most 127 bytes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +73,9 @@ class MachineConfig:
     kernel: Path | None = None
     initrd: Path | None = None
     cmdline: str | None = None
-    disks: tuple[DiskConfig, ...] = field(default=())
+    disks: tuple[DiskConfig | VhostUserDisk, ...] = field(default=())
     nics: tuple[NicConfig, ...] = field(default=())
+    cdrom: Path | None = None
     name: str = "vm"
     verbose: bool = False
 
