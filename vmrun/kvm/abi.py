@@ -595,6 +595,7 @@ KVM_GET_XSAVE = _IOR(0xA4, _size(kvm_xsave))
 KVM_SET_XSAVE = _IOW(0xA5, _size(kvm_xsave))
 KVM_GET_XCRS = _IOR(0xA6, _size(kvm_xcrs))
 KVM_SET_XCRS = _IOW(0xA7, _size(kvm_xcrs))
+KVM_KVMCLOCK_CTRL = _IO(0xAD)
 KVM_X86_SET_MSR_FILTER = _IOW(0xC6, _size(kvm_msr_filter))
 KVM_GET_XSAVE2 = _IOR(0xCF, _size(kvm_xsave))
 

@@ -151,6 +151,16 @@ class Vcpu:
         request.debugreg[7] = dr7
         ioctl(self.fd, abi.KVM_SET_GUEST_DEBUG, ctypes.byref(request), "KVM_SET_GUEST_DEBUG")
 
+    def kvmclock_ctrl(self) -> None:
+        """Tell the guest's kvm-clock that the vCPU was paused, so that no watchdog of the guest's takes the
+        pause for a hang. After the pause began; does nothing for a guest without kvm-clock.
+        """
+        try:
+            ioctl(self.fd, abi.KVM_KVMCLOCK_CTRL, None, "KVM_KVMCLOCK_CTRL")
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+
     def close(self) -> None:
         os.close(self.fd)
 

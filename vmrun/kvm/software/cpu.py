@@ -35,7 +35,7 @@ MSR_STAR = 0xC0000081
 MSR_LSTAR = 0xC0000082
 MSR_SYSCALL_MASK = 0xC0000084
 
-DB_VECTOR, BP_VECTOR, UD_VECTOR, NM_VECTOR, GP_VECTOR, PF_VECTOR = 1, 3, 6, 7, 13, 14
+BP_VECTOR, UD_VECTOR, NM_VECTOR, GP_VECTOR, PF_VECTOR = 3, 6, 7, 13, 14
 
 CR0_MP, CR0_TS = 1 << 1, 1 << 3
 CR4_OSXSAVE = 1 << 18
@@ -52,6 +52,7 @@ _FRAME = Struct("<6Q")  # what #PF pushes: error code, RIP, CS, RFLAGS, RSP, SS
 _DR7_FIRST = 0x401  # DR0 enabled, as an instruction breakpoint
 _MASK64 = (1 << 64) - 1
 _LONGEST_INSTRUCTION = 15
+_SYSTEM_SEGMENTS_WITH_LIMIT = (2, 9, 11)  # LDT, and TSS free and busy
 
 
 class InstructionFault(Exception):
@@ -88,6 +89,7 @@ class SoftwareCpu:
             0xCC: self._int3,
             0x9B: self._fwait,
             0x0F01: self._group7,
+            0x0F03: self._lsl,
             0x0F0B: self._undefined,
             0x0FAE: self._group15,
             0x0FB8: self._popcnt,
@@ -172,14 +174,12 @@ class SoftwareCpu:
             self._pass_breakpoint(linear)  # a broken guest: its own double fault is next
             return
         # The host's SYSCALL mask left RFLAGS.IF clear. A program that only jumps to LSTAR has it set.
-        half_done = rip == self._lstar and cs & 3 == 3 and not rflags & RFLAGS_IF
+        half_done = rip == self._lstar and cs == self._user_code_selector() and not rflags & RFLAGS_IF
         if not half_done or not error_code & FAULT_FETCH or not error_code & FAULT_USER:
             self._count("page fault")
             self._pass_breakpoint(linear)
             return
         self._count("system call")
-        if not self._star:
-            self._read_syscall_msrs()
         # SYSCALL loaded RCX and R11 natively. The RFLAGS pushed have the host's mask applied, so R11 alone
         # tells the program's; interrupts were enabled there, as a program cannot change that.
         regs.r11 = regs.r11 & RFLAGS_USER | RFLAGS_IF | 2
@@ -208,6 +208,12 @@ class SoftwareCpu:
         except (PageFault, NotCanonical):
             return FAULT_FETCH | FAULT_USER
         return FAULT_FETCH | FAULT_USER | FAULT_PRESENT
+
+    def _user_code_selector(self) -> int:
+        """The CS that SYSRET returns to in 64-bit mode. SYSCALL from 32-bit code does not enter at LSTAR."""
+        if not self._star:
+            self._read_syscall_msrs()
+        return (self._star >> 48) + 16 & 0xFFFF | 3
 
     def _read_syscall_msrs(self) -> None:
         values = self._vcpu.get_msrs((MSR_STAR, MSR_SYSCALL_MASK))
@@ -333,6 +339,40 @@ class SoftwareCpu:
         else:
             return False
         return self._advance(instruction.length + 1)
+
+    def _lsl(self, instruction: Instruction) -> bool:
+        """LSL: Linux keeps the CPU's number in a segment's limit, and reads it on entry from an NMI."""
+        regs, sregs = self._vcpu.sync.regs, self._vcpu.sync.sregs
+        linear = self._linear()
+        if instruction.in_memory:
+            address = instruction.address(regs, sregs)
+            selector = int.from_bytes(linear.read(address, 2), "little")
+        else:
+            selector = getattr(regs, instruction.register_operand()) & 0xFFFF
+        limit = self._segment_limit(linear, selector)
+        regs.rflags &= ~RFLAGS_ZF
+        if limit is not None:
+            regs.rflags |= RFLAGS_ZF
+            if instruction.operand_size_16 and not instruction.wide:
+                limit = limit & 0xFFFF | getattr(regs, instruction.register) & ~0xFFFF
+            setattr(regs, instruction.register, limit)
+        return self._advance(instruction.length)
+
+    def _segment_limit(self, linear: LinearMemory, selector: int) -> int | None:
+        """The limit in bytes of a segment in the GDT or LDT that the kernel may look at, or None."""
+        sregs = self._vcpu.sync.sregs
+        table = sregs.ldt if selector & 4 else sregs.gdt
+        offset = selector & ~7
+        if offset + 7 > table.limit or not selector & ~3 or (selector & 4 and sregs.ldt.unusable):
+            return None
+        descriptor = int.from_bytes(linear.read(table.base + offset & _MASK64, 8), "little")
+        kind, level = descriptor >> 40 & 0x1F, descriptor >> 45 & 3
+        if not kind & 0x10 and kind not in _SYSTEM_SEGMENTS_WITH_LIMIT:
+            return None
+        if selector & 3 > level and kind & 0x1C != 0x1C:  # a conforming code segment has no such rule
+            return None
+        limit = descriptor & 0xFFFF | descriptor >> 32 & 0xF0000
+        return limit << 12 | 0xFFF if descriptor >> 55 & 1 else limit
 
     def _popcnt(self, instruction: Instruction) -> bool:
         if instruction.repeat != 0xF3:

@@ -72,12 +72,12 @@ class Instruction:
 
     def register_operand(self) -> str:
         """The register that ModRM.rm names, when not `in_memory`. Counts the ModRM byte."""
-        self.length += 1
+        self._count_to(self.length + 1)
         return REGISTERS[self.modrm & 7 | (self.rex & 1) << 3]
 
     def address(self, regs: abi.kvm_regs, sregs: abi.kvm_sregs, immediate: int = 0) -> int:
         """The linear address of the memory operand. `immediate` is how many bytes follow it. Counts all
-        operand bytes.
+        operand bytes. Raises IndexError as the constructor does.
         """
         code = self._bytes
         at = self.length + 1
@@ -104,7 +104,7 @@ class Instruction:
             size = 1 if mod == 1 else 4
             result += int.from_bytes(code[at : at + size], "little", signed=True)
             at += size
-        self.length = at
+        self._count_to(at)
         if relative:
             result += regs.rip + at + immediate
         if self.fs:
@@ -112,3 +112,9 @@ class Instruction:
         elif self.gs:
             result += sregs.gs.base
         return result & 0xFFFF_FFFF_FFFF_FFFF
+
+    def _count_to(self, end: int) -> None:
+        """Raises IndexError when the operands run past the bytes there are."""
+        if end > len(self._bytes):
+            raise IndexError("the instruction is cut off")
+        self.length = end
