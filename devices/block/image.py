@@ -55,6 +55,18 @@ class Image:
         """These bytes read as zeroes from now on. `unmap` allows giving their space back to the host."""
         raise NotImplementedError
 
+    def grow(self, size: int) -> None:
+        """Make the disk `size` bytes, whole sectors and no less than it has; what is new reads as zeroes.
+
+        No request is under way. Durable when this returns.
+        """
+        raise NotImplementedError
+
+    def check_growth(self, size: int) -> None:
+        self.check_writable()
+        if size % SECTOR_SIZE or size < self.size:
+            raise ImageError(f"a disk of {self.size} bytes cannot grow to {size}")
+
     def flush(self) -> None:
         """Returns when everything completed so far is on stable storage."""
         raise NotImplementedError

@@ -3,8 +3,8 @@
 What is promised. Killed at any moment, the file is what `qemu-img check` calls clean or at most leaked; so it
 is after a power cut, as far as the host keeps its word on fdatasync. Everything completed before a `flush`
 that returned is in the file. Writes completed after it reach the file's data at once, but the tables that
-find them stay in memory until the next flush, or until the caches are full: a process that dies loses them,
-as a disk loses its cache.
+find them stay in memory until the next flush, or until the caches are full: they are lost with the process,
+as a disk loses its cache, unless it was given a journal for the next one to replay (docs/qcow2.md).
 
 Guest data never pass through Python: they go from guest memory to clusters that are no metadata, and no
 decision is made on them.
@@ -23,8 +23,10 @@ from devices.block.qcow2_header import (
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_FIELD,
+    SIZE_FIELD,
     Header,
 )
+from devices.block.qcow2_journal import Journal
 from devices.block.qcow2_mapping import (
     COMPRESSED,
     COPIED,
@@ -39,6 +41,7 @@ from devices.block.qcow2_mapping import (
 )
 from devices.block.qcow2_refcounts import Refcounts
 from devices.block.qcow2_repair import rebuild_refcounts
+from devices.block.qcow2_replay import replay_journal
 from devices.block.transfer import (
     ZERO_CHUNK,
     fill_zeroes,
@@ -58,9 +61,11 @@ class Qcow2Image(Image):
 
     backing: Image | None
 
-    def __init__(self, fd: int, read_only: bool, backing: Image | None = None) -> None:
-        """ImageError when the image is damaged or needs something that is not supported; then `fd` stays the
-        caller's.
+    def __init__(
+        self, fd: int, read_only: bool, backing: Image | None = None, journal: int | None = None
+    ) -> None:
+        """ImageError when the image is damaged or needs something that is not supported; then `fd` and the
+        others stay the caller's.
 
         Opened for writing, an image with the dirty bit has its refcounts rebuilt, and autoclear features are
         cleared.
@@ -91,6 +96,11 @@ class Qcow2Image(Image):
         self.backing = backing
         if not read_only:
             self._prepare_for_writing()
+        if journal is not None:
+            if read_only:
+                raise ImageError("an image that is open read-only has no restart journal")
+            self._file.journal = Journal(journal)
+            replay_journal(self._file.journal, self._file, self._refcounts, self._map)
 
     def _prepare_for_writing(self) -> None:
         header = self.header
@@ -159,7 +169,11 @@ class Qcow2Image(Image):
         # A backing image may be shorter than the disk on top of it.
         inside = min(size, max(0, backing.size - offset)) if backing else 0
         if backing and inside:
-            backing.readv(offset, buffers if inside == size else slice_buffers(buffers, 0, inside))
+            try:
+                backing.readv(offset, buffers if inside == size else slice_buffers(buffers, 0, inside))
+            except CorruptImage as error:
+                # It is the backing image that is corrupt: this one must not be marked.
+                raise ImageError(f"in a backing file: {error}") from None
         if inside < size:
             fill_zeroes(slice_buffers(buffers, inside, size - inside))
 
@@ -319,6 +333,35 @@ class Qcow2Image(Image):
             offset += run
             self._map.commit_if_large()
 
+    def grow(self, size: int) -> None:
+        self.check_growth(size)
+        if size == self.size:
+            return
+        try:
+            self._map.grow(size)
+            before, self.size = self.size, size
+            try:
+                self._hide_old_data(before)
+                self.flush()
+                # Last of all: a disk that has its new size has its new tables.
+                self._file.write(SIZE_FIELD, size.to_bytes(8, "big"))
+                self._file.sync()
+            except BaseException:
+                self.size = before
+                raise
+            self.header.size = size
+        except CorruptImage:
+            self._corrupt()
+            raise
+
+    def _hide_old_data(self, before: int) -> None:
+        """Zeroes where the last cluster or a longer backing image would show something past the old end."""
+        cluster_end = -(-before // self._file.cluster_size) * self._file.cluster_size
+        self._write_zero_data(before, min(cluster_end, self.size))
+        end = min(self.size, self.backing.size) if self.backing is not None else 0
+        if end > cluster_end:
+            self.write_zeroes(cluster_end, end - cluster_end, unmap=False)
+
     def flush(self) -> None:
         if self.read_only:
             if self._map.dirty:
@@ -344,6 +387,8 @@ class Qcow2Image(Image):
         finally:
             self._file.fd = -1
             os.close(fd)
+            if self._file.journal is not None:
+                self._file.journal.close()
             if self.backing is not None:
                 self.backing.close()
 

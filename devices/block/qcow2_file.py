@@ -12,6 +12,7 @@ import os
 import stat
 
 from devices.block.qcow2_header import MAX_HOST_CLUSTERS
+from devices.block.qcow2_journal import Journal
 from devices.block.transfer import read_into, write_from
 from devices.errors import ImageError
 
@@ -43,7 +44,17 @@ class EntryTable:
 class Qcow2File:
     """`end` is the first cluster that was never part of the file; from there on clusters read as zeroes."""
 
-    __slots__ = ("_metadata", "_sync_failed", "cluster_bits", "cluster_size", "end", "fd", "regular", "size")
+    __slots__ = (
+        "_metadata",
+        "_sync_failed",
+        "cluster_bits",
+        "cluster_size",
+        "end",
+        "fd",
+        "journal",
+        "regular",
+        "size",
+    )
 
     def __init__(self, fd: int, cluster_bits: int) -> None:
         self.fd = fd
@@ -54,6 +65,7 @@ class Qcow2File:
         self.end = -(-self.size >> cluster_bits)
         self._metadata = bytearray()
         self._sync_failed = False
+        self.journal: Journal | None = None
 
     def claim(self, offset: int, size: int, what: str) -> None:
         """Remember [offset, offset + size) as metadata.
@@ -115,11 +127,13 @@ class Qcow2File:
 
     def sync(self) -> None:
         """A barrier: what was written before is on stable storage when this returns."""
-        if self._sync_failed:
+        if self._sync_failed or (self.journal is not None and self.journal.sync_failed):
             # The kernel reports a failed write-back once and then forgets it: a later success would be a lie.
             raise OSError(errno.EIO, "an earlier flush of the image failed")
         try:
             os.fdatasync(self.fd)
         except OSError:
             self._sync_failed = True
+            if self.journal is not None:
+                self.journal.note_failed_sync()
             raise

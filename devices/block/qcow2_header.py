@@ -16,6 +16,7 @@ from devices.errors import ImageError
 MAGIC = 0x514649FB  # "QFI\xfb"
 
 # Byte offsets of the fields that are rewritten in place.
+SIZE_FIELD = 24  # u64
 L1_SIZE_FIELD = 36  # u32, followed at 40 by the u64 l1_table_offset
 REFCOUNT_TABLE_FIELD = 48  # u64 offset, followed at 56 by the u32 number of clusters
 INCOMPATIBLE_FIELD = 72

@@ -19,8 +19,10 @@ tables agree.
 from __future__ import annotations
 
 from devices.block.qcow2_file import CorruptImage, EntryTable, Qcow2File
-from devices.block.qcow2_header import L1_SIZE_FIELD, Header, l1_entries
+from devices.block.qcow2_header import L1_SIZE_FIELD, MAX_L1_SIZE, Header, l1_entries
+from devices.block.qcow2_journal import Journal
 from devices.block.qcow2_refcounts import Refcounts
+from devices.errors import ImageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ class ClusterMap:
         "_l2_bits",
         "_refcounts",
         "_tables",
+        "journal",
     )
 
     def __init__(self, file: Qcow2File, header: Header, refcounts: Refcounts) -> None:
@@ -111,6 +114,7 @@ class ClusterMap:
             l1 = l1.extended(missing)
         self._l1: ctypes.Array[ctypes.c_uint64] = l1.entries
         self._l1_dirty: set[int] = set()
+        self.journal: Journal | None = None  # what `replay_journal` has brought up to date
         self._tables: dict[int, L2Table] = {}
         self._dirty: set[int] = set()
         self._cache_limit = min(CACHE_TABLES, max(4, CACHE_BYTES >> file.cluster_bits))
@@ -118,7 +122,10 @@ class ClusterMap:
     @property
     def dirty(self) -> bool:
         """Whether a commit would write anything to the tables."""
-        return bool(self._dirty or self._l1_dirty or self._refcounts.pending)
+        journal = self.journal
+        return bool(
+            self._dirty or self._l1_dirty or self._refcounts.pending or (journal and not journal.empty)
+        )
 
     def _load(self, l1_index: int) -> L2Table | None:
         entry = self._l1[l1_index]
@@ -292,13 +299,30 @@ class ClusterMap:
             file.release(old_offset, old_size)
             self._refcounts.give_back(old_offset >> file.cluster_bits, -(-old_size >> file.cluster_bits))
 
+    def grow(self, size: int) -> None:
+        """Make the L1 table in the file long enough for a disk of `size` bytes."""
+        needed = l1_entries(size, self._file.cluster_bits)
+        if needed * 8 > MAX_L1_SIZE:
+            raise ImageError(f"a qcow2 image with such clusters cannot have {size} bytes")
+        missing = needed - len(self._l1)
+        if missing > 0:
+            self._l1 = EntryTable(bytearray(self._l1)).extended(missing).entries
+        if needed > self._l1_used:
+            self._grow_l1()
+
     def replace(self, offset: int, count: int, entry: int, step: int = 0) -> None:
         """Point `count` clusters from guest `offset` to `entry`, `entry + step`, ...; all in one L2 table.
 
-        What they pointed to before is freed by the commit that makes this durable.
+        `step` is the cluster size for host clusters fresh from `allocate`, and 0 for all else. What they
+        pointed to before is freed by the commit that makes this durable. After an OSError nothing points
+        elsewhere than before.
         """
         bits = self._file.cluster_bits
         cluster = offset >> bits
+        journal = self.journal
+        if journal is not None and not journal.has_room(count):
+            self.commit()
+        first_entry = entry
         l1_index = cluster >> self._l2_bits
         table = self._writable_table(l1_index)
         start = cluster & self._index_mask
@@ -317,6 +341,20 @@ class ClusterMap:
         if start + count > table.last:
             table.last = start + count
         self._dirty.add(l1_index)
+        if journal is not None:
+            journal.add(cluster, first_entry, count, step != 0)
+
+    def entry(self, cluster: int) -> int:
+        """The L2 entry of guest `cluster`."""
+        l1_index = cluster >> self._l2_bits
+        table = self._tables.get(l1_index) or self._load(l1_index)
+        return table.entries[cluster & self._index_mask] if table else 0
+
+    def check_entry(self, cluster: int, entry: int) -> None:
+        """CorruptImage when `entry` cannot be guest `cluster`'s."""
+        if cluster >= len(self._l1) << self._l2_bits:
+            raise CorruptImage(f"cluster {cluster} is outside the qcow2 disk")
+        self._classify(entry)
 
     def data_references(self) -> Iterator[tuple[int, int]]:
         """The host clusters of every L2 entry, checked: the first and how many.
@@ -388,6 +426,9 @@ class ClusterMap:
         for l1_index in sorted(self._l1_dirty):
             file.write(self._l1_offset + l1_index * 8, self._l1[l1_index].to_bytes(8, "big"))
         file.sync()
+        if self.journal is not None:
+            # Before anything is freed: no record may name a cluster that is in use for something else.
+            self.journal.clear()
         for _, table in dirty:
             table.new = False
             table.first = len(table.entries)

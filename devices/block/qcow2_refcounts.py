@@ -230,6 +230,18 @@ class Refcounts:
             self._change(cluster, 1)
         return first
 
+    def restore(self, clusters: list[int]) -> None:
+        """These data clusters were allocated by a worker that died before their counts reached the file."""
+        for index in {cluster >> self.block_bits for cluster in clusters}:
+            if index >= len(self._table.entries):
+                raise CorruptImage("the qcow2 restart journal is not of this image")
+            if not self._table.entries[index]:
+                self._new_block(index)
+        for cluster in clusters:
+            if cluster >= self._file.end or self._file.is_metadata(cluster):
+                raise CorruptImage("the qcow2 restart journal is not of this image")
+            self._change(cluster, 1)
+
     def give_back(self, first: int, count: int) -> None:
         """Undo `allocate`: nothing ever pointed to these clusters."""
         for cluster in range(first, first + count):

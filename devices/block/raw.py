@@ -66,6 +66,16 @@ class RawImage(Image):
         if not zero_range(self._fd, offset, size):
             write_zero_bytes(self._fd, offset, size)
 
+    def grow(self, size: int) -> None:
+        self.check_growth(size)
+        length = os.lseek(self._fd, 0, os.SEEK_END)  # whoever asks may have made it longer already
+        if length < size:
+            os.ftruncate(self._fd, size)  # EINVAL on a block device: only its owner can make it larger
+            length = size
+        self.flush()
+        self._length = length
+        self.size = size
+
     def flush(self) -> None:
         if self.read_only:
             return

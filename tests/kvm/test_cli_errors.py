@@ -74,12 +74,20 @@ def test_disk_missing(boot: Boot, kernel: Path, tmp_path: Path) -> None:
 def test_not_a_qcow2(boot: Boot, kernel: Path, tmp_path: Path) -> None:
     path = tmp_path / "fake.qcow2"
     path.write_bytes(b"this is not an image" * 1000)
-    check(boot("--kernel", kernel, "--disk", path), EXIT_IMAGE, "blk0", "qcow2")
+    check(boot("--kernel", kernel, "--disk", path), EXIT_IMAGE, "fake.qcow2", "not a qcow2")
+
+
+def test_backing_file_missing(boot: Boot, kernel: Path, tmp_path: Path) -> None:
+    path = tmp_path / "top.qcow2"
+    with path.open("wb") as file:
+        create_qcow2(file.fileno(), 1 << 20, backing_file="base.raw", backing_format="raw")
+    check(boot("--kernel", kernel, "--disk", path), EXIT_IMAGE, "base.raw", "no such file", "top.qcow2")
 
 
 def test_damaged_qcow2(boot: Boot, kernel: Path, disk: Path) -> None:
+    """Beyond the header, it is the worker that finds out."""
     with disk.open("r+b") as file:
-        file.seek(40)  # the address of the L1 table
+        file.seek(1 << 16)  # the refcount table
         file.write(b"\xff" * 8)
     check(boot("--kernel", kernel, "--disk", disk), EXIT_IMAGE, "blk0")
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -23,6 +24,8 @@ from vmrun.machine.config import DiskConfig
 
 MIB = 1 << 20
 IN, OUT, FLUSH = 0, 1, 4
+
+needs_qemu = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 
 
 def qcow2(
@@ -171,6 +174,35 @@ def test_two_disks_over_one_base(tmp_path: Path) -> None:
     assert "is one disk and a backing file of another" in refusal(first, config(base))
 
 
+@needs_qemu
+def test_a_base_is_shared_with_readers_in_qemu_and_with_no_writer(tmp_path: Path) -> None:
+    base = qcow2(tmp_path / "base.qcow2")
+    ours, theirs = (config(qcow2(tmp_path / f"{number}.qcow2", "base.qcow2")) for number in (1, 2))
+
+    def qemu(path: Path, command: str) -> bool:
+        line = ["qemu-io", "-f", "qcow2", "-c", command]
+        return not subprocess.run([*line, path], capture_output=True).returncode
+
+    with Disks([ours]):
+        assert qemu(theirs.path, "write 0 512")
+        assert not qemu(base, "read 0 512")  # qemu-io opens it for writing
+        assert not qemu(ours.path, "read 0 512")
+        subprocess.run(["qemu-img", "info", base], check=True, stdout=subprocess.DEVNULL)
+    assert qemu(base, "write 0 512")
+    for path, busy in ((theirs.path, ""), (base, "base.qcow2: is in use by another vmrun (or QEMU)")):
+        with subprocess.Popen(["qemu-io", "-f", "qcow2", path], stdin=PIPE, stdout=PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(b"read 0 512\n")
+            process.stdin.flush()
+            while b"read 512" not in process.stdout.readline():
+                pass
+            if busy:
+                assert busy in refusal(ours)
+            else:
+                Disks([ours]).close()
+                assert "is in use" in refusal(theirs)
+
+
 def test_hostile_headers(tmp_path: Path) -> None:
     """Whatever a header says, parsing it here ends in a UserError or an open disk, without much ado."""
     base = qcow2(tmp_path / "base.qcow2")
@@ -210,7 +242,7 @@ def machine_disk(disk: DiskConfig) -> Iterator[Callable[..., bytes]]:
             yield request
 
 
-@pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
+@needs_qemu
 def test_a_worker_reads_through_a_chain_of_qemu(tmp_path: Path) -> None:
     """Each image larger or smaller than the one below it, compressed or not, as qemu-img sees it."""
     rng = random.Random(1)

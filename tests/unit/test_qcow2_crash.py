@@ -10,58 +10,26 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from devices.block import transfer
-from devices.block.image import Image
 from devices.block.open import open_image
 from devices.block.qcow2_create import create_qcow2
+from tests.unit.qcow2_writer import (
+    SECTOR,
+    assert_at_most_leaks,
+    content,
+    operations,
+    perform,
+    sectors_of,
+    tag,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 
 ROOT = Path(__file__).parents[2]
-SECTOR = 512
-Operation = tuple[str, int, int]  # what, first sector, sectors
-
-
-def operations(seed: int, sectors: int, cluster_size: int) -> Iterator[Operation]:
-    """The endless list of what one writer does.
-
-    Zeroes and discards are whole clusters: their effect is known.
-    """
-    rng = random.Random(seed)
-    cluster = cluster_size // SECTOR
-    while True:
-        what = rng.choice(["write"] * 7 + ["zero", "discard", "flush"])
-        if what == "flush":
-            yield what, 0, 0
-            continue
-        first = rng.randrange(sectors)
-        count = min(rng.choice([1, 8, 8, rng.randrange(1, 4 * cluster + 1)]), sectors - first)
-        if what != "write":
-            first = first // cluster * cluster
-            count = min(-(-count // cluster) * cluster, sectors - first)
-        yield what, first, count
-
-
-def tag(seed: int, number: int) -> bytes:
-    """What operation `number` of writer `seed` fills a sector with."""
-    return (seed << 32 | number + 1).to_bytes(8, "big") * (SECTOR // 8)
-
-
-def perform(image: Image, seed: int, number: int, operation: Operation) -> None:
-    what, first, count = operation
-    if what == "write":
-        image.writev(first * SECTOR, [memoryview(tag(seed, number) * count)])
-    elif what == "zero":
-        image.write_zeroes(first * SECTOR, count * SECTOR, number % 2 == 0)
-    elif what == "discard":
-        image.discard(first * SECTOR, count * SECTOR)
-    else:
-        image.flush()
 
 
 def write_until_killed(path: str, seed: int, cluster_size: int) -> None:
@@ -73,30 +41,21 @@ def write_until_killed(path: str, seed: int, cluster_size: int) -> None:
             os.write(1, b"%d\n" % (number + 1))
 
 
-def sectors_of(path: Path) -> list[bytes]:
-    image = open_image("qcow2", os.open(path, os.O_RDONLY), True)
-    data = bytearray(image.size)
-    image.readv(0, [memoryview(data)])
-    image.close()
-    return [bytes(data[start : start + SECTOR]) for start in range(0, len(data), SECTOR)]
-
-
 def assert_survived(
     path: Path, before: list[bytes], seed: int, cluster_size: int, flushed: int
 ) -> list[bytes]:
     """Check the file after `flushed` operations were flushed, and some of those up to the next flush."""
-    check = subprocess.run(["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True)
-    assert check.returncode in (0, 3), check.stdout + check.stderr
+    assert_at_most_leaks(path)
     allowed = [{sector} for sector in before]
     for number, (what, first, count) in enumerate(operations(seed, len(before), cluster_size)):
         if what == "flush" and number >= flushed:
             break
-        content = tag(seed, number) if what == "write" else bytes(SECTOR)
+        written = content(seed, number, (what, first, count))
         for sector in range(first, first + count):
             if number < flushed:
-                allowed[sector] = {content}
+                allowed[sector] = {written}
             else:
-                allowed[sector].add(content)
+                allowed[sector].add(written)
     after = sectors_of(path)
     wrong = [sector for sector in range(len(after)) if after[sector] not in allowed[sector]]
     assert not wrong, f"sectors {wrong[:10]} hold what nobody wrote there or lost what was flushed"
@@ -106,15 +65,18 @@ def assert_survived(
 def kill_again_and_again(path: Path, cluster_size: int, version: int, rounds: int) -> None:
     with path.open("wb") as file:
         create_qcow2(file.fileno(), 2 << 20, cluster_size, version)
-    content = sectors_of(path)
+    sectors = sectors_of(path)
     rng = random.Random(cluster_size)
-    script = "import sys, test_qcow2_crash as me; me.write_until_killed(sys.argv[1], *map(int, sys.argv[2:]))"
+    script = (
+        "import sys; from tests.unit.test_qcow2_crash import write_until_killed\n"
+        "write_until_killed(sys.argv[1], *map(int, sys.argv[2:]))"
+    )
     flushes = 0
     for seed in range(rounds):
         child = subprocess.Popen(
             [sys.executable, "-c", script, path, str(seed), str(cluster_size)],
             stdout=subprocess.PIPE,
-            env={"PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "PYTHONDONTWRITEBYTECODE": "1"},
+            env={"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         )
         assert child.stdout is not None
         lines = [child.stdout.readline() for _ in range(rng.randrange(1, 12))]
@@ -127,7 +89,7 @@ def kill_again_and_again(path: Path, cluster_size: int, version: int, rounds: in
         lines = (b"".join(lines) + rest).split(b"\n")
         assert len(lines) > 1, "the writer died of something else"
         flushes += len(lines) - 1
-        content = assert_survived(path, content, seed, cluster_size, int(lines[-2]))
+        sectors = assert_survived(path, sectors, seed, cluster_size, int(lines[-2]))
     assert flushes > rounds
 
 

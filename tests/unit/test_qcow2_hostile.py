@@ -351,6 +351,81 @@ def test_more_clusters_than_we_map(path: Path, size: int) -> None:
         open_qcow2(path)
 
 
+def overlay(path: Path, base: Path, size: int = SIZE) -> Image:
+    """A new image over `base`, open for writing."""
+    with path.open("wb") as file:
+        create_qcow2(file.fileno(), size, CLUSTER, backing_file=str(base), backing_format="qcow2")
+    return open_image("qcow2", os.open(path, os.O_RDWR), False, open_qcow2(base, read_only=True))
+
+
+def test_a_corrupt_backing_file_is_not_the_fault_of_the_image(path: Path, tmp_path: Path) -> None:
+    patch(path, l2_table(path), struct.pack(">Q", COPIED | REFCOUNT_TABLE))
+    whole = path.read_bytes()
+    image = overlay(tmp_path / "top.qcow2", path)
+    for start in (0, 100):
+        with pytest.raises(ImageError, match="in a backing file"):
+            read(image, start, 512)
+        # The rest of the cluster cannot be had either.
+        with pytest.raises(ImageError, match="in a backing file"):
+            image.writev(start, [memoryview(b"x" * 512)])
+    image.writev(0, [memoryview(b"x" * CLUSTER)])
+    assert read(image, 0, 2 * CLUSTER) == b"x" * CLUSTER + b"a" * CLUSTER
+    image.close()
+    fd = os.open(tmp_path / "top.qcow2", os.O_RDONLY)
+    assert not Header(fd).incompatible_features
+    os.close(fd)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("base_size", [512, CLUSTER + 512, 1 << 33])
+def test_backing_files_of_every_size(path: Path, tmp_path: Path, base_size: int) -> None:
+    """A header may claim any size: what the backing file has is seen up to the end of either."""
+    patch(path, 24, struct.pack(">Q", base_size))
+    image = overlay(tmp_path / "top.qcow2", path)
+    seen = min(base_size, 16 * CLUSTER)
+    assert read(image, 0, 17 * CLUSTER) == (b"a" * seen).ljust(17 * CLUSTER, b"\0")
+    assert read(image, SIZE - 512, 512) == bytes(512)
+    image.writev(512, [memoryview(b"x" * 512)])
+    expected = bytearray((b"a" * seen).ljust(2 * CLUSTER, b"\0")[: 2 * CLUSTER])
+    expected[512:1024] = b"x" * 512
+    assert read(image, 0, 2 * CLUSTER) == expected
+    with pytest.raises(ImageError, match="outside the disk"):
+        read(image, SIZE, 512)
+    image.close()
+
+
+def test_flipped_bytes_in_a_chain(path: Path, tmp_path: Path) -> None:
+    """Whatever is wrong below, the image above stays whole, and what lies below is never written."""
+    rng = random.Random(4)
+    whole = path.read_bytes()
+    top = tmp_path / "top.qcow2"
+    tables = [0, REFCOUNT_TABLE, L1_TABLE, l2_table(path)]
+    opened = 0
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 2, 5])):
+            data[rng.choice(tables) + rng.randrange(96)] = rng.choice([0, 1, 0x80, 0xFF])
+        path.write_bytes(data)
+        try:
+            image = overlay(top, path)
+        except ImageError:
+            continue
+        opened += 1
+        for _ in range(6):
+            offset = rng.randrange(16 * CLUSTER // 512) * 512
+            try:
+                read(image, offset, 2 * CLUSTER)
+                image.writev(offset, [memoryview(b"w" * 1024)])
+            except ImageError:
+                pass
+        image.close()
+        assert path.read_bytes() == data
+        read_only = os.open(top, os.O_RDONLY)
+        assert not Header(read_only).incompatible_features
+        os.close(read_only)
+    assert opened > 20
+
+
 def test_the_backing_name_is_told(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     with path.open("wb") as file:

@@ -170,7 +170,6 @@ def test_snapshots_are_read_but_not_written(tmp_path: Path) -> None:
     [
         ("extended_l2=on", "extended L2"),
         ("data_file=FILE", "external data file"),
-        ("compression_type=zstd", "zstd"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, options: str, reason: str) -> None:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -348,7 +349,7 @@ def test_no_space_left_fails_the_request_and_nothing_else(
         ((1 << 20, 512, 3, 16, "x" * 500), "too long"),
     ],
 )
-def test_create_refuses(tmp_path: Path, arguments: tuple[int, ...], reason: str) -> None:
+def test_create_refuses(tmp_path: Path, arguments: tuple[Any, ...], reason: str) -> None:
     path = tmp_path / "disk.qcow2"
     with path.open("wb") as file, pytest.raises(ImageError, match=reason):
         create_qcow2(file.fileno(), *arguments)

@@ -24,9 +24,7 @@ BLOCKING_CHUNK = (
 )
 
 ESCAPE = 0x01  # Ctrl-A
-HELP = (
-    b"\r\n[vmrun] Ctrl-A x: leave and stop the machine   Ctrl-A Ctrl-A: send Ctrl-A   Ctrl-A h: this help\r\n"
-)
+HELP = "\r\n[vmrun] Ctrl-A x: {leave}   Ctrl-A Ctrl-A: send Ctrl-A   Ctrl-A h: this help\r\n"
 
 
 class Console:
@@ -42,13 +40,21 @@ class Console:
     (EPIPE) only means that output is thrown away from then on. `close` waits for the reader to take the rest.
     """
 
-    def __init__(self, stdin: int = 0, stdout: int = 1, *, limit: int = OUTPUT_LIMIT) -> None:
+    def __init__(
+        self,
+        stdin: int = 0,
+        stdout: int = 1,
+        *,
+        limit: int = OUTPUT_LIMIT,
+        leave: str = "leave and stop the machine",
+    ) -> None:
         self.input_fd = -1
         self.output_fd = -1
         self.wake_fd = -1
         self.input_ended = False
         self.escape_requested = False
         self._stdin = stdin
+        self._help = HELP.format(leave=leave).encode()
         self._limit = limit
         self._lock = threading.Lock()
         self._buffer = bytearray()  # written by vCPU threads, under the lock
@@ -182,7 +188,7 @@ class Console:
             if byte in (ESCAPE, ord("a")):
                 for_guest.append(ESCAPE)
             elif byte in b"hH?":
-                self.write(HELP)
+                self.write(self._help)
         return bytes(for_guest)
 
     def close(self) -> None:

@@ -2,8 +2,12 @@
 
 Workers open nothing: they get these fds. The lock is an OFD lock (fcntl(2), "Open file description locks"),
 which belongs to the open file description: it travels with the fd to the worker and lasts until the last copy
-is closed, whoever dies first. QEMU locks with OFD locks too, so a disk in use by QEMU is refused as well, and
-the other way round.
+is closed, whoever dies first.
+
+QEMU locks with OFD locks too (block/file-posix.c, "permissions"): a read lock on byte 100 + n says "I use
+permission n", one on byte 200 + n "nobody else may". Who writes locks the whole file exclusively, which
+agrees with nobody; who reads locks what a reader in QEMU locks. So one base image serves any number of
+readers here and there, and no reader meets a writer.
 """
 
 import errno
@@ -15,11 +19,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 
+from devices.block.qcow2_header import COMPRESSION_ZSTD, Header
+from devices.block.qcow2_journal import JOURNAL_SIZE
+from devices.errors import ImageError
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.host.backing import FORMATS, MAX_BACKING_FILES, backing_config
 from vmrun.machine.config import DiskConfig
 
-FORMATS = ("raw", "qcow2")
 SUFFIXES = {".qcow2": "qcow2", ".qcow": "qcow2", ".raw": "raw", ".img": "raw"}
+
+# QEMU's permissions: 0 consistent read, 1 write, 3 resize. A reader uses 0 and forbids 1 and 3 to others.
+READER_LOCKS = (100, 201, 203)
+READER_CONFLICTS = (101, 103, 200)
 
 FLOCK = struct.Struct("hh4xqqi4x")  # struct flock; l_pid must be 0 for OFD locks
 
@@ -41,17 +52,26 @@ def disk_format(path: Path, stated: str | None = None) -> str:
 
 
 class OpenDisk:
-    """One open, locked disk file. Owns `fd`; closing it leaves the lock to the worker's copy."""
+    """One open, locked disk file. Owns `fd`; closing it leaves the lock to the worker's copy.
 
-    __slots__ = ("config", "fd", "identity")
+    `header` is a qcow2 image's, checked: all of an image that is ever parsed in this process.
+    """
+
+    __slots__ = ("config", "fd", "header", "identity")
 
     def __init__(self, config: DiskConfig) -> None:
         self.config = config
+        self.header: Header | None = None
         self.fd = _open(config)
         try:
             status = os.fstat(self.fd)
             self.identity = (status.st_dev, status.st_ino)
             _lock(self.fd, config)
+            if config.format == "qcow2":
+                self.header = Header(self.fd)
+        except ImageError as error:
+            self.close()
+            raise UserError(f"disk {config.path}: {error}", EXIT_IMAGE) from None
         except BaseException:
             self.close()
             raise
@@ -62,11 +82,104 @@ class OpenDisk:
             self.fd = -1
 
 
+class MachineDisk(OpenDisk):
+    """A disk of the machine with all its worker needs: the files below it, and the journal that survives the
+    worker. Owns them.
+    """
+
+    __slots__ = ("backing", "journal")
+
+    def __init__(self, config: DiskConfig) -> None:
+        self.backing: list[OpenDisk] = []
+        self.journal = -1
+        super().__init__(config)
+        try:
+            self._open_backing_files()
+            if self.header is not None and not config.read_only:
+                self.journal = _create_journal()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_backing_files(self) -> None:
+        disk: OpenDisk = self
+        while disk.header is not None and (config := backing_config(disk.config.path, disk.header)):
+            where = f"disk {disk.config.path}: its backing file {config.path}"
+            if len(self.backing) == MAX_BACKING_FILES:
+                raise UserError(
+                    f"disk {self.config.path}: more than {MAX_BACKING_FILES} backing files below it: "
+                    "merge some of them with qemu-img commit or rebase",
+                    EXIT_IMAGE,
+                )
+            try:
+                disk = OpenDisk(config)
+                loop = disk.identity in self.identities
+                self.backing.append(disk)
+            except DiskBusyError:
+                # Our own lock on an image that is written to says no like a stranger's.
+                if _identity(config.path) not in self.identities:
+                    raise
+                loop = True
+            except UserError as error:
+                raise UserError(f"{error} (a backing file of disk {self.config.path})", error.code) from None
+            if loop:
+                raise UserError(f"{where} is itself or an image above it", EXIT_IMAGE)
+
+    @property
+    def identities(self) -> list[tuple[int, int]]:
+        """Of this file and all below it."""
+        return [self.identity, *(disk.identity for disk in self.backing)]
+
+    @property
+    def words(self) -> dict[str, str]:
+        """For the worker's command line (`devices.worker.main`)."""
+        config = self.config
+        words = {"format": config.format, "read_only": str(int(config.read_only))}
+        if config.serial:
+            words["serial"] = config.serial
+        if self.backing:
+            words["backing"] = ",".join(disk.config.format for disk in self.backing)
+        headers = [disk.header for disk in (self, *self.backing)]
+        if any(header is not None and header.compression_type == COMPRESSION_ZSTD for header in headers):
+            words["zstd"] = "1"
+        return words
+
+    @property
+    def fds(self) -> dict[str, int]:
+        """The descriptors for the worker, by their words. They stay this object's."""
+        fds = {"image": self.fd}
+        fds.update((f"backing{index}", disk.fd) for index, disk in enumerate(self.backing))
+        if self.journal >= 0:
+            fds["journal"] = self.journal
+        return fds
+
+    def close(self) -> None:
+        if self.journal >= 0:
+            os.close(self.journal)
+            self.journal = -1
+        while self.backing:
+            self.backing.pop().close()
+        super().close()
+
+
+def _create_journal() -> int:
+    fd = os.memfd_create("vmrun-qcow2-journal", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, JOURNAL_SIZE)
+    # Who has it mapped must not be cut off by a worker that was taken over.
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
 class Disks:
     """The open disks of one machine, in order: a context manager that owns them all."""
 
     def __init__(self, configs: Iterable[DiskConfig]) -> None:
-        self._disks: list[OpenDisk] = []
+        self._disks: list[MachineDisk] = []
         try:
             for config in configs:
                 self._disks.append(self._open_another(config))
@@ -74,19 +187,25 @@ class Disks:
             self.close()
             raise
 
-    def _open_another(self, config: DiskConfig) -> OpenDisk:
+    def _open_another(self, config: DiskConfig) -> MachineDisk:
         try:
-            return OpenDisk(config)
-        except DiskBusyError:
+            return MachineDisk(config)
+        except DiskBusyError as error:
             # Our own earlier lock says no just like a stranger's.
-            status = os.stat(config.path)
-            if (status.st_dev, status.st_ino) in (disk.identity for disk in self._disks):
+            identity = _identity(error.path)
+            if identity in (disk.identity for disk in self._disks) and error.path == config.path:
                 raise UserError(
                     f"--disk {config.path}: the same file is given twice: only ,ro disks may be", EXIT_IMAGE
                 ) from None
+            if any(identity in disk.identities for disk in self._disks):
+                raise UserError(
+                    f"--disk {config.path}: {error.path} is one disk and a backing file of another: "
+                    "only ,ro disks may be",
+                    EXIT_IMAGE,
+                ) from None
             raise
 
-    def __iter__(self) -> Iterator[OpenDisk]:
+    def __iter__(self) -> Iterator[MachineDisk]:
         return iter(self._disks)
 
     def __len__(self) -> int:
@@ -106,7 +225,11 @@ class Disks:
 
 
 class DiskBusyError(UserError):
-    """Another process holds a lock on the disk."""
+    """Somebody else holds a lock on the file at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"disk {path}: is in use by another vmrun (or QEMU)", EXIT_IMAGE)
+        self.path = path
 
 
 def _open(config: DiskConfig) -> int:
@@ -172,12 +295,18 @@ def _open_error(config: DiskConfig, error: OSError) -> Exception:
 
 
 def _lock(fd: int, config: DiskConfig) -> None:
-    kind = fcntl.F_RDLCK if config.read_only else fcntl.F_WRLCK
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+        if not config.read_only:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+            return
+        for byte in READER_LOCKS:
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, byte, 1, 0))
+        # First lock, then look: of two that begin at once, at least one sees the other.
+        for byte in READER_CONFLICTS:
+            query = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+            if FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, query))[0] != fcntl.F_UNLCK:
+                raise DiskBusyError(config.path)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise DiskBusyError(
-                f"disk {config.path}: is in use by another vmrun (or QEMU)", EXIT_IMAGE
-            ) from None
+            raise DiskBusyError(config.path) from None
         raise OSError(error.errno, f"disk {config.path} cannot be locked: {error.strerror}") from None
