@@ -6,7 +6,8 @@ size, its addresses and its kick, enabled, and backed by a memory table. Where t
 disabled ring processed "without side effects", ours rests; and where it waits for the first kick, ours looks
 at the ring at once.
 
-Still absent: INFLIGHT_SHMFD. Its place is two entries in `_HANDLERS` and an argument to `start_queue`.
+With INFLIGHT_SHMFD a ring goes on where a back end that died left it (`devices.vhost.inflight`); the position
+SET_VRING_BASE gave is then of no interest.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from _socket import socket
 
 from devices.errors import GuestError
 from devices.vhost.channel import Channel
+from devices.vhost.inflight import InflightBuffer, create_buffer
 from devices.vhost.memory_table import MAX_REGIONS, MemoryTable
 from devices.vhost.messages import (
     CONFIG,
+    CONFIG_BY_VMM,
+    INFLIGHT,
+    INFLIGHT_PADDED,
     MAX_CONFIG_SIZE,
     MAX_MEM_TABLE_REGIONS,
     MEM_REGION,
@@ -56,6 +61,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
@@ -104,6 +110,7 @@ class Backend:
         "_channel",
         "_device",
         "_features",
+        "_inflight",
         "_memory",
         "_protocol_features",
         "_requests",
@@ -119,6 +126,7 @@ class Backend:
         self._protocol_features = 0
         self._status = 0
         self._memory = MemoryTable()
+        self._inflight: InflightBuffer | None = None
         self._rings = [_Ring(index) for index in range(device.queue_count)]
         self._requests: Channel | None = None
         self._requests_lock = _thread.allocate_lock()
@@ -143,10 +151,11 @@ class Backend:
         message = self._channel.receive()
         try:
             reply = self._dispatch(message)
+            if reply is not None:
+                fds = message.fds if message.request == Request.GET_INFLIGHT_FD else ()
+                self._channel.send(message.request, reply, fds, REPLY)
         finally:
             message.close()
-        if reply is not None:
-            self._channel.send(message.request, reply, flags=REPLY)
 
     def notify_config_changed(self) -> None:
         """Have the front end read the device configuration anew, if it can be told. For any thread."""
@@ -168,6 +177,7 @@ class Backend:
                     os.close(fd)
             ring.kick = ring.call = ring.err = -1
             ring.kick_known = False
+        self._drop_inflight()
         self._memory.close()
         with self._requests_lock:
             if self._requests is not None:
@@ -248,6 +258,7 @@ class Backend:
             ring.size = 0
             ring.addresses = None
             ring.next_avail = 0
+        self._drop_inflight()  # the next driver starts over; the front end gives it another buffer
         self._status = 0
         self._features = 0
         self._device.set_features(0)
@@ -397,16 +408,64 @@ class Backend:
         offset, size, data = self._config_request(message)
         if len(data) != size or offset + size > MAX_CONFIG_SIZE:
             raise _Refused
+        (_, _, flags) = CONFIG.unpack_from(message.payload)
         try:
-            self._device.write_config(offset, data)
+            if flags == CONFIG_BY_VMM:
+                self._configure(offset, data)
+            else:
+                self._device.write_config(offset, data)
         except GuestError:
             raise _Refused from None
+
+    def _configure(self, offset: int, data: bytes) -> None:
+        """What the device is changes under its driver (a disk grows): no ring runs meanwhile."""
+        for ring in self._rings:
+            self._stop(ring)
+        try:
+            self._device.configure(offset, data)
+        finally:
+            for ring in self._rings:
+                self._start(ring)
+        self.notify_config_changed()
 
     def _config_request(self, message: Message) -> tuple[int, int, bytes]:
         if len(message.payload) < CONFIG.size:
             raise ProtocolError(f"{request_name(message.request)} of {len(message.payload)} bytes")
         offset, size, _ = CONFIG.unpack_from(message.payload)
         return offset, size, message.payload[CONFIG.size :]
+
+    def _get_inflight_fd(self, message: Message) -> bytes:
+        """The reply brings a descriptor, so it is sent from here, in the size that the front end uses."""
+        _, _, queue_count, entries = self._inflight_request(message)
+        if not 0 < queue_count <= len(self._rings) or not 0 < entries <= MAX_SIZE:
+            raise ProtocolError(f"GET_INFLIGHT_FD for {queue_count} queues of {entries}")
+        fd, size = create_buffer(queue_count, entries)
+        message.fds.append(fd)  # closed with the message, when the reply is sent
+        return INFLIGHT.pack(size, 0, queue_count, entries).ljust(len(message.payload), b"\0")
+
+    def _set_inflight_fd(self, message: Message) -> None:
+        size, offset, queue_count, entries = self._inflight_request(message)
+        if not message.fds:
+            raise ProtocolError("SET_INFLIGHT_FD without a file descriptor")
+        buffer = InflightBuffer(message.fds[0], size, offset, queue_count, entries)
+        for ring in self._rings:
+            self._stop(ring)
+        self._drop_inflight()
+        self._inflight = buffer
+        for ring in self._rings:
+            self._start(ring)
+
+    def _inflight_request(self, message: Message) -> tuple[int, int, int, int]:
+        if len(message.payload) not in (INFLIGHT.size, INFLIGHT_PADDED.size):
+            raise ProtocolError(f"{request_name(message.request)} of {len(message.payload)} bytes")
+        size, offset, queue_count, entries = INFLIGHT.unpack_from(message.payload)
+        return size, offset, queue_count, entries
+
+    def _drop_inflight(self) -> None:
+        """No ring runs."""
+        if self._inflight is not None:
+            self._inflight.close()
+            self._inflight = None
 
     def _set_backend_req_fd(self, message: Message) -> None:
         if not message.fds:
@@ -433,6 +492,7 @@ class Backend:
         if not ready or ring.queue is not None or ring.addresses is None:
             return
         queue = None
+        tracker = self._inflight.tracker(ring.index) if self._inflight is not None else None
         try:
             descriptors, available, used = (self._memory.guest_address(address) for address in ring.addresses)
             # The front end does not say where the used ring stands: it is where the driver last saw it. A
@@ -448,11 +508,16 @@ class Backend:
                 next_avail=ring.next_avail,
                 next_used=next_used,
                 indirect=bool(self._features & VIRTIO_F_INDIRECT_DESC),
+                tracker=tracker,
             )
             self._device.start_queue(ring.index, queue, ring.kick, ring.call, ring.err)
-        except GuestError:
+        except BaseException as error:
             if queue is not None:
                 queue.release()
+            elif tracker is not None:
+                tracker.release()
+            if not isinstance(error, GuestError):
+                raise
             self._signal_error(ring)
             return
         ring.queue = queue
@@ -494,6 +559,8 @@ _HANDLERS: dict[int, tuple[Callable[[Backend, Message], bytes | None], int | Non
     Request.SET_BACKEND_REQ_FD: (Backend._set_backend_req_fd, 0, 1),
     Request.GET_CONFIG: (Backend._get_config, None, 0),
     Request.SET_CONFIG: (Backend._set_config, None, 0),
+    Request.GET_INFLIGHT_FD: (Backend._get_inflight_fd, None, 0),
+    Request.SET_INFLIGHT_FD: (Backend._set_inflight_fd, None, 1),
     Request.RESET_DEVICE: (Backend._reset_device, 0, 0),
     Request.GET_MAX_MEM_SLOTS: (Backend._get_max_mem_slots, 0, 0),
     Request.ADD_MEM_REG: (Backend._add_mem_reg, SINGLE_MEM_REGION.size, 1),

@@ -29,6 +29,11 @@ class BackendDevice(Protocol):
     def write_config(self, offset: int, data: bytes) -> None:
         """The driver wrote device configuration. Raises GuestError for what is not writable."""
 
+    def configure(self, offset: int, data: bytes) -> None:
+        """The VMM itself changes the configuration: a disk's capacity. No queue runs. Raises GuestError for
+        what cannot be. The driver is told by the caller.
+        """
+
     def start_queue(self, index: int, queue: SplitQueue, kick_fd: int, call_fd: int, err_fd: int) -> None:
         """Serve `queue` from now on. There may be buffers already: look at it before waiting for a kick.
 

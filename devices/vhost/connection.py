@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Sequence
 
-from devices.vhost.channel import Channel
+from devices.vhost.channel import Channel, Message
 from devices.vhost.messages import NEED_REPLY, REPLY, U64, ProtocolError, Request, request_name
 
 
@@ -38,6 +38,12 @@ class Connection:
         """A request that has a reply of its own: the reply's payload."""
         with self._lock:
             return self._exchange(request, payload)
+
+    def ask_fd(self, request: int, payload: bytes) -> tuple[bytes, int]:
+        """As `ask`, for a reply that brings a descriptor, which is the caller's."""
+        with self._lock:
+            reply = self._answer(request, payload, fd_count=1)
+            return reply.payload, reply.take_fd()
 
     def ask_u64(self, request: int) -> int:
         reply = self.ask(request)
@@ -97,17 +103,22 @@ class Connection:
             raise
 
     def _exchange(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = 0) -> bytes:
+        return self._answer(request, payload, fds, flags).payload
+
+    def _answer(
+        self, request: int, payload: bytes, fds: Sequence[int] = (), flags: int = 0, fd_count: int = 0
+    ) -> Message:
+        """The reply; it has exactly `fd_count` descriptors, which are the caller's."""
         self._send(request, payload, fds, flags)
         try:
             try:
                 reply = self._channel.receive(self._timeout)
             except TimeoutError:
                 raise TimeoutError(f"no answer to {request_name(request)} in {self._timeout:g} s") from None
-            with_fds = bool(reply.fds)
-            reply.close()
-            if reply.request != request or not reply.flags & REPLY or with_fds:
+            if reply.request != request or not reply.flags & REPLY or len(reply.fds) != fd_count:
+                reply.close()
                 raise ProtocolError(f"{request_name(request)} was answered by something else")
-            return reply.payload
+            return reply
         except (EOFError, OSError, ProtocolError):
             self.hang_up()
             raise

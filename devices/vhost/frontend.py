@@ -4,9 +4,13 @@ Follows QEMU's docs/interop/vhost-user.rst; the back end is our own worker or an
 virtiofsd, passt ...). It is not trusted: a worker the guest took over may send anything, or nothing. Whatever
 it does ends in one call of `on_failure`, and every wait has an end.
 
-Locks, outermost first: the transport's, the connection's (one request at a time), `_state` (never held while
-waiting). The main loop waits for `_state` only, so a back end that lets a vCPU thread wait does not stop the
-main loop.
+A back end that keeps its requests in flight in a shared buffer (INFLIGHT_SHMFD) can be replaced by `restart`.
+Until then the guest sees a slow device: configuration comes from the copy, kicks stay in their eventfds, and
+what the driver sets up is kept here.
+
+Locks, outermost first: the transport's, `_session` (the conversation with the back end, a whole restart
+included), the connection's (one request at a time), `_state` (never held while waiting). The main loop waits
+for `_state` only, so a back end that lets a vCPU thread wait does not stop the main loop.
 """
 
 import os
@@ -22,6 +26,10 @@ from devices.vhost.channel import Channel
 from devices.vhost.connection import Connection, Refused
 from devices.vhost.messages import (
     CONFIG,
+    CONFIG_BY_DRIVER,
+    CONFIG_BY_VMM,
+    INFLIGHT,
+    INFLIGHT_PADDED,
     MAX_MEM_TABLE_REGIONS,
     MEM_REGION,
     MEM_TABLE,
@@ -53,12 +61,18 @@ from devices.virtio.queue import SplitQueue
 DEFAULT_FEATURES = (1 << 24) - 1 | VIRTIO_F_INDIRECT_DESC | VIRTIO_F_VERSION_1
 
 WANTED_PROTOCOL_FEATURES = (
-    ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 
 # Bytes of configuration to ask for. A back end may refuse to give more than it has: these are the structures
 # of virtio 1.1, which every back end knows (virtio 1.2, chapter 5).
 CONFIG_SIZES = {VIRTIO_ID_NET: 12, VIRTIO_ID_BLOCK: 60, VIRTIO_ID_CONSOLE: 12, VIRTIO_ID_SCSI: 36}
+
+SECTOR_SIZE = 512
 
 # "User addresses" are names the front end makes up for its memory (vhost-user.rst, "Memory access"). Ours are
 # guest-physical addresses plus a constant: nobody dereferences them, a compromised worker learns nothing of
@@ -76,7 +90,8 @@ class VhostUserDevice:
 
     `name` is for messages. `features` offered to the driver are the back end's as far as `features_mask` lets
     them through. `timeout` bounds each request, a reset included, in which the back end finishes the I/O it
-    has begun.
+    has begun. `wait_for_end` returns when the process of a back end that has failed is gone: only then is
+    the memory its rings were in the guest's again.
     """
 
     def __init__(
@@ -92,6 +107,7 @@ class VhostUserDevice:
         features_mask: int = DEFAULT_FEATURES,
         config_size: int | None = None,
         timeout: float = 10.0,
+        wait_for_end: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.device_id = device_id
@@ -101,15 +117,23 @@ class VhostUserDevice:
         self._board = board
         self._on_failure = on_failure
         self._config_size = CONFIG_SIZES.get(device_id, 0) if config_size is None else config_size
-        self._config: bytes | None = None
+        self._config = b""
+        self._config_stale = True
         self._config_generation = 0
+        self._timeout = timeout
+        self._wait_for_end = wait_for_end
+        self._session = threading.Lock()
         self._connection = Connection(sock, timeout)
         self._requests: Channel | None = None
         self._session_bit = 0
+        self._protocol_features = 0
         self._state = threading.Lock()
-        self._failed = False
+        self._failed = False  # this back end; another may come
+        self._closed = False
         self._watched: list[int] = []
-        self._active: list[int] = []
+        # What the driver set up: the features it accepted and its queues, while it is there.
+        self._driver: tuple[int, list[QueueConfig]] | None = None
+        self._inflight: tuple[int, bytes] | None = None  # the buffer's descriptor and what tells its layout
         self._err_fds: dict[int, int] = {}
         self._events: QueueEvents | None = None
         try:
@@ -124,17 +148,24 @@ class VhostUserDevice:
             raise ProtocolError(f"{name}: {error}") from None
         self._watch_channels()
 
+    @property
+    def failed(self) -> bool:
+        """Whether there is no back end that serves this device."""
+        return self._failed
+
     def read_config(self, offset: int, size: int) -> bytes:
         """From a copy, so that a vCPU waits for the back end once after a change and not for each byte."""
-        config = self._config
-        if config is None:
-            config = self._attempt(self._fetch_config) or b""
-        return config[offset : offset + size].ljust(size, b"\0")
+        if self._config_stale:
+            with self._session:
+                if self._config_stale:
+                    self._attempt(self._fetch_config)
+        return self._config[offset : offset + size].ljust(size, b"\0")
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Pass the write on; what the back end refuses, or what is past the end, changes nothing."""
         if 0 <= offset <= offset + len(data) <= self._config_size:
-            self._attempt(partial(self._store_config, offset, data))
+            with self._session:
+                self._attempt(partial(self._store_config, offset, data))
 
     def activate(self, features: int, queues: list[QueueConfig], events: QueueEvents) -> None:
         for queue in queues:
@@ -144,29 +175,94 @@ class VhostUserDevice:
             SplitQueue(
                 self._memory, queue.index, queue.size, queue.descriptors, queue.available, queue.used
             ).release()
-        self._attempt(partial(self._activate, features, queues, events))
+        with self._session:
+            self._driver = (features, queues)
+            with self._state:
+                self._events = events
+            self._attempt(partial(self._start_driver, features, queues, events))
 
     def set_call(self, queue: int, fd: int) -> None:
-        if queue in self._active:
-            self._attempt(partial(self._set_vring_fd, Request.SET_VRING_CALL, queue, fd))
+        with self._session:
+            if self._driver is not None and any(config.index == queue for config in self._driver[1]):
+                self._attempt(partial(self._set_vring_fd, Request.SET_VRING_CALL, queue, fd))
 
     def reset(self) -> None:
-        active, self._active = self._active, []
-        for index in active:
-            # The reply comes when the ring is quiet. Where it stood does not matter: the driver starts over.
-            self._attempt(partial(self._connection.ask, Request.GET_VRING_BASE, VRING_STATE.pack(index, 0)))
-        self._drop_events()
+        with self._session:
+            driver, self._driver = self._driver, None
+            for queue in driver[1] if driver is not None else ():
+                # The reply comes when the ring is quiet. Where it stood does not matter: the driver starts
+                # over.
+                request = VRING_STATE.pack(queue.index, 0)
+                self._attempt(partial(self._connection.ask, Request.GET_VRING_BASE, request))
+            if driver is not None and self._failed:
+                self._wait_for_end()
+            self._drop_inflight()
+            self._drop_err_fds()
+            with self._state:
+                self._events = None
+
+    def restart(self, sock: socket.socket) -> None:
+        """Go on with another back end, at the other end of `sock` (owned from now on), where the one that
+        failed and is gone left off.
+
+        Waits for the back end, so not for the main loop. Raises ProtocolError when this one is unfit too;
+        `on_failure` is not called for it.
+        """
+        with self._session:
+            with self._state:
+                if self._closed:
+                    sock.close()
+                    raise ProtocolError(f"{self.name}: the device is closed")
+                former, self._connection = self._connection, Connection(sock, self._timeout)
+                requests, self._requests = self._requests, None
+            former.close()
+            if requests is not None:
+                requests.close()
+            self._drop_err_fds()
+            try:
+                self._resume()
+            except (EOFError, OSError, ProtocolError) as error:
+                self._connection.hang_up()
+                raise ProtocolError(f"{self.name}: {error}") from None
+            with self._state:
+                self._failed = self._closed
+            self._watch_channels()
+
+    def resize(self, size: int) -> None:
+        """Let a disk have `size` bytes, more than before. The back end makes its image longer, and then says
+        itself that its configuration changed; so the driver is told.
+
+        Waits for the back end, so not for the main loop. Raises Refused when it does not want to, and
+        ProtocolError when it cannot be asked.
+        """
+        # struct virtio_blk_config begins with the capacity.
+        data = (size // SECTOR_SIZE).to_bytes(8, "little")
+        with self._session:
+            if self._failed:
+                raise ProtocolError(f"{self.name}: the back end is gone")
+            try:
+                self._connection.set(Request.SET_CONFIG, CONFIG.pack(0, len(data), CONFIG_BY_VMM) + data)
+            except Refused:
+                raise Refused(f"{self.name} cannot be resized to {size} bytes") from None
+            except (EOFError, OSError, ProtocolError) as error:
+                self._fail(str(error))
+                raise ProtocolError(f"{self.name}: {error}") from None
 
     def close(self) -> None:
         """Close the connection, which ends the back end's session. No failure is reported any more."""
         with self._state:
-            self._failed = True
-        self._unwatch()
-        self._drop_events()
-        self._connection.close()
-        with self._state:
-            if self._requests is not None:
-                self._requests.close()
+            self._failed = self._closed = True
+            connection = self._connection
+        connection.hang_up()  # a restart under way ends at once
+        with self._session:
+            self._unwatch()
+            self._drop_inflight()
+            self._drop_err_fds()
+            self._connection.close()
+            with self._state:
+                self._events = None
+                if self._requests is not None:
+                    self._requests.close()
 
     def _handshake(self) -> int:
         connection = self._connection
@@ -177,6 +273,7 @@ class VhostUserDevice:
             connection.set(Request.SET_PROTOCOL_FEATURES, U64.pack(protocol_features))
             connection.reply_ack = bool(protocol_features & ProtocolFeature.REPLY_ACK)
             self._session_bit = VHOST_USER_F_PROTOCOL_FEATURES
+        self._protocol_features = protocol_features
         connection.set(Request.SET_OWNER)
         if protocol_features & ProtocolFeature.MQ:
             count = connection.ask_u64(Request.GET_QUEUE_NUM)
@@ -191,7 +288,25 @@ class VhostUserDevice:
             self._config_size = 0
         return features
 
-    def _activate(self, features: int, queues: list[QueueConfig], events: QueueEvents) -> None:
+    def _resume(self) -> None:
+        offered = self._handshake()
+        with self._state:
+            events = self._events
+        if self.features & ~offered:
+            raise ProtocolError(f"the back end no longer offers features {self.features & ~offered:#x}")
+        before = self._config
+        self._forget_config()
+        self._fetch_config()
+        if self._driver is not None and events is not None:
+            if not self._protocol_features & ProtocolFeature.INFLIGHT_SHMFD:
+                raise ProtocolError("the back end does not know what was in flight")
+            self._start_driver(*self._driver, events, resume=True)
+            if self._config != before:
+                events.config_changed()
+
+    def _start_driver(
+        self, features: int, queues: list[QueueConfig], events: QueueEvents, *, resume: bool = False
+    ) -> None:
         connection = self._connection
         connection.set(Request.SET_FEATURES, U64.pack(features & self.features | self._session_bit))
         regions = self._memory.regions
@@ -199,26 +314,38 @@ class VhostUserDevice:
         for region in regions:
             table += MEM_REGION.pack(region.gpa, region.size, USER_ADDRESS_BASE + region.gpa, region.offset)
         connection.set(Request.SET_MEM_TABLE, table, [region.fd for region in regions])
-        with self._state:
-            self._events = events
+        if self._protocol_features & ProtocolFeature.INFLIGHT_SHMFD:
+            self._share_inflight()
         for queue in queues:
-            self._active.append(queue.index)
-            self._start_ring(queue, events)
+            self._start_ring(queue, events, resume)
         for queue in queues:
             if self._session_bit:
                 connection.set(Request.SET_VRING_ENABLE, VRING_STATE.pack(queue.index, 1))
             # In the specification a ring starts at its first kick, and the driver may have added buffers
-            # before DRIVER_OK.
+            # before DRIVER_OK, or while there was no back end.
             os.eventfd_write(events.kick_fd(queue.index), 1)
 
-    def _start_ring(self, queue: QueueConfig, events: QueueEvents) -> None:
+    def _share_inflight(self) -> None:
+        """The buffer is the back end's invention; all we do is to keep it for the next one."""
+        if self._inflight is None:
+            request = INFLIGHT_PADDED.pack(0, 0, len(self.queue_sizes), max(self.queue_sizes))
+            layout, fd = self._connection.ask_fd(Request.GET_INFLIGHT_FD, request)
+            self._inflight = (fd, layout)
+            if len(layout) not in (INFLIGHT.size, INFLIGHT_PADDED.size):
+                raise ProtocolError(f"reply to GET_INFLIGHT_FD of {len(layout)} bytes")
+        fd, layout = self._inflight
+        self._connection.set(Request.SET_INFLIGHT_FD, layout, (fd,))
+
+    def _start_ring(self, queue: QueueConfig, events: QueueEvents, resume: bool) -> None:
         index = queue.index
         err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with self._state:
             self._err_fds[index] = err_fd
         self._board.watch(err_fd, partial(self._err_readable, index))
+        # The in-flight buffer says it better; this is QEMU's answer for back ends that do not look there.
+        base = int.from_bytes(self._memory.read(queue.used + 2, 2), "little") if resume else 0
         self._connection.set(Request.SET_VRING_NUM, VRING_STATE.pack(index, queue.size))
-        self._connection.set(Request.SET_VRING_BASE, VRING_STATE.pack(index, 0))
+        self._connection.set(Request.SET_VRING_BASE, VRING_STATE.pack(index, base))
         addresses = (USER_ADDRESS_BASE + gpa for gpa in (queue.descriptors, queue.used, queue.available))
         self._connection.set(Request.SET_VRING_ADDR, VRING_ADDR.pack(index, 0, *addresses, 0))
         self._set_vring_fd(Request.SET_VRING_ERR, index, err_fd)
@@ -231,7 +358,7 @@ class VhostUserDevice:
         else:
             self._connection.set(request, U64.pack(index), (fd,))
 
-    def _fetch_config(self) -> bytes:
+    def _fetch_config(self) -> None:
         generation = self._config_generation
         config = b""
         if self._config_size:
@@ -243,13 +370,12 @@ class VhostUserDevice:
             config = reply[CONFIG.size :]
         with self._state:
             # The back end may have announced another change since it made this answer.
-            if generation == self._config_generation:
-                self._config = config
-        return config
+            self._config = config
+            self._config_stale = generation != self._config_generation
 
     def _store_config(self, offset: int, data: bytes) -> None:
         try:
-            self._connection.set(Request.SET_CONFIG, CONFIG.pack(offset, len(data), 0) + data)
+            self._connection.set(Request.SET_CONFIG, CONFIG.pack(offset, len(data), CONFIG_BY_DRIVER) + data)
         except Refused:
             pass  # a read-only field: the write is lost, as on any device
         self._forget_config()
@@ -257,7 +383,7 @@ class VhostUserDevice:
     def _forget_config(self) -> None:
         with self._state:
             self._config_generation += 1
-            self._config = None
+            self._config_stale = True
 
     def _connection_readable(self) -> None:
         self._attempt(self._connection.check_idle)
@@ -299,15 +425,14 @@ class VhostUserDevice:
                 return
         events.needs_reset(f"{self.name}: the back end cannot use ring {index}")
 
-    def _attempt(self, action: Callable[[], bytes | None]) -> bytes | None:
+    def _attempt(self, action: Callable[[], object]) -> None:
         """Do it, unless the back end has failed; if it fails now, say so."""
         if self._failed:
-            return None
+            return
         try:
-            return action()
+            action()
         except (EOFError, OSError, ProtocolError) as error:
             self._fail(str(error))
-            return None
 
     def _fail(self, reason: str) -> None:
         with self._state:
@@ -332,10 +457,14 @@ class VhostUserDevice:
         for fd in watched:
             self._board.unwatch(fd)
 
-    def _drop_events(self) -> None:
+    def _drop_err_fds(self) -> None:
         with self._state:
-            self._events = None
             err_fds, self._err_fds = self._err_fds, {}
         for fd in err_fds.values():
             self._board.unwatch(fd)
             os.close(fd)
+
+    def _drop_inflight(self) -> None:
+        if self._inflight is not None:
+            os.close(self._inflight[0])
+            self._inflight = None

@@ -89,6 +89,15 @@ MEM_TABLE = struct.Struct("=II")  # number of regions, padding; the regions foll
 MEM_REGION = struct.Struct("=QQQQ")  # guest address, size, user address, offset in the fd
 SINGLE_MEM_REGION = struct.Struct("=QQQQQ")  # padding, then as MEM_REGION
 CONFIG = struct.Struct("=III")  # offset, size, flags; the bytes follow
+# mmap size, mmap offset, number of queues, queue size. The specification's structure ends here; in C, and so
+# on every wire there is, four bytes of padding follow.
+INFLIGHT = struct.Struct("=QQHH")
+INFLIGHT_PADDED = struct.Struct("=QQHH4x")
+
+# Who writes configuration, in the flags of SET_CONFIG (VHOST_SET_CONFIG_TYPE_*): the driver, or the VMM,
+# which may change what no driver may.
+CONFIG_BY_DRIVER = 0
+CONFIG_BY_VMM = 1
 
 _REQUEST_NAMES = {number: name for name, number in vars(Request).items() if isinstance(number, int)}
 

@@ -50,6 +50,7 @@ MAX_SEGMENTS = 32
 BATCH = 128
 
 _header = struct.Struct("<IIQ")
+_capacity = struct.Struct("<Q")
 _segment = struct.Struct("<QII")
 # struct virtio_blk_config, section 5.2.4, up to write_zeroes_may_unmap and its padding.
 _config = struct.Struct("<Q I I HBB I BBHI BBH III II B3x")
@@ -103,6 +104,18 @@ class BlkDevice:
 
     def write_config(self, offset: int, data: bytes) -> None:
         raise GuestError("the configuration of this disk is not writable")  # CONFIG_WCE is not offered
+
+    def configure(self, offset: int, data: bytes) -> None:
+        """A new capacity: the image grows to it."""
+        if offset or len(data) != _capacity.size:
+            raise GuestError("of this disk only the capacity can be changed")
+        (capacity,) = _capacity.unpack(data)
+        try:
+            self._image.grow(capacity * SECTOR_SIZE)
+        except (OSError, ImageError) as error:
+            raise GuestError(f"the disk cannot grow to {capacity} sectors: {error}") from None
+        self._capacity = capacity
+        self._config = data + self._config[_capacity.size :]
 
     def source_fd(self, index: int) -> int:
         return -1

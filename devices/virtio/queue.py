@@ -19,6 +19,10 @@ from devices.errors import GuestError
 from devices.fence import full_fence
 from devices.memory import GuestMemory
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from devices.vhost.inflight import QueueTracker
+
 MAX_SIZE = 32768
 
 VIRTQ_DESC_F_NEXT = 1
@@ -30,6 +34,11 @@ VRING_AVAIL_F_NO_INTERRUPT = 1
 # of a queue that it may have made smaller. As QEMU does, such chains may be this long in any queue; it is
 # also the kernel's IOV_MAX.
 MAX_INDIRECT = 1024
+
+# What is stored in a tracker's words: devices.vhost.inflight has the layout.
+INFLIGHT = 1
+LAST_BATCH_HEAD = 6
+TRACKED_USED_IDX = 7
 
 _DESCRIPTOR = Struct("<QIHH")  # address, length, flags, next
 _DESCRIPTOR_SIZE = 16
@@ -75,8 +84,13 @@ class SplitQueue:
         "_available",
         "_descriptors",
         "_indirect",
+        "_last_popped",
         "_mask",
         "_memory",
+        "_resubmit",
+        "_states",
+        "_tracked",
+        "_tracker",
         "_used",
         "_used_elements",
         "in_flight",
@@ -98,12 +112,15 @@ class SplitQueue:
         next_avail: int = 0,
         next_used: int = 0,
         indirect: bool = True,
+        tracker: QueueTracker | None = None,
     ) -> None:
         """Queue `index` of a device: `size` entries, with the three parts at these guest-physical addresses.
 
         Raises GuestError when the size is not a power of two in 1..32768, or a part is misaligned or not all
         in RAM; ValueError when a position is not in 0..65535. `indirect`: VIRTIO_F_INDIRECT_DESC was
-        negotiated.
+        negotiated. With a `tracker` the positions come from what the back end before this one left there and
+        in the used ring, and `pop` begins with the chains it left unanswered; ProtocolError when the tracker
+        makes no sense.
         """
         if not 1 <= size <= MAX_SIZE or size & (size - 1):
             raise GuestError(f"queue {index}: size {size} is not a power of two up to {MAX_SIZE}")
@@ -124,6 +141,7 @@ class SplitQueue:
         # Of a queue that goes on where another process left it, nobody knows whether the last was announced.
         self._announced = -1 if next_avail or next_used else 0
         self.in_flight: set[int] = set()
+        self._last_popped = -1
         self._mask = size - 1
         self._indirect = indirect
         self._memory = memory
@@ -132,6 +150,24 @@ class SplitQueue:
         self._available = memory.view(available, 4 + 2 * size).cast("H")  # flags, idx, ring[size]
         self._used = memory.view(used, 4).cast("H")  # flags, idx
         self._used_elements = memory.view(used + 4, 8 * size).cast("I")  # id, len, id, len, ...
+        self._tracker = tracker
+        self._states: memoryview[int] | None = None
+        self._tracked: memoryview[int] | None = None
+        self._resubmit: list[int] = []
+        if tracker is not None:
+            self._recover(tracker)
+
+    def _recover(self, tracker: QueueTracker) -> None:
+        used_idx = self._used[1]
+        heads = tracker.recover(self.size, used_idx)
+        self._states, self._tracked = tracker.states, tracker.header
+        if heads is not None:
+            # Whatever was popped is either used or in flight, so this is where the last back end stood.
+            self.next_used = used_idx
+            self.next_avail = (used_idx + len(heads)) & 0xFFFF
+            self.in_flight.update(heads)
+            self._resubmit = heads[::-1]
+            self._announced = -1
 
     def pop(self) -> Chain | None:
         """The next available chain, or None when there is none. Each chain popped must be pushed exactly
@@ -140,6 +176,10 @@ class SplitQueue:
         Raises GuestError when the ring, a descriptor or an address makes no sense; the queue then stays where
         it is, and the device needs a reset.
         """
+        if self._resubmit:
+            chain = self._walk(self._resubmit[-1])
+            self._last_popped = self._resubmit.pop()
+            return chain
         position = self.next_avail
         waiting = (self._available[1] - position) & 0xFFFF
         if not waiting:
@@ -154,7 +194,29 @@ class SplitQueue:
         chain = self._walk(head)
         self.next_avail = (position + 1) & 0xFFFF
         self.in_flight.add(head)
+        self._last_popped = head
+        if (states := self._states) is not None and (tracker := self._tracker) is not None:
+            # The counter first: a mark without its place in the order would be worse than no mark.
+            states[2 * head + 1] = counter = tracker.counter
+            states[2 * head] = INFLIGHT
+            tracker.counter = counter + 1
         return chain
+
+    def unpop(self, chain: Chain) -> None:
+        """Make the chain that was popped last, and not pushed, available again: the next `pop` takes it.
+
+        The guest may have changed it meanwhile, so drop `chain`. Raises ValueError for any other chain.
+        """
+        head = chain.head
+        if head != self._last_popped or head not in self.in_flight:
+            raise ValueError(f"queue {self.index}: head {head} is not the one popped last")
+        self._last_popped = -1
+        if self._tracker is not None:
+            # It stays marked, and its place in the available ring may be one of long ago.
+            self._resubmit.append(head)
+            return
+        self.next_avail = (self.next_avail - 1) & 0xFFFF
+        self.in_flight.remove(head)
 
     def _walk(self, head: int) -> Chain:
         view = self._memory.view
@@ -226,8 +288,15 @@ class SplitQueue:
         self.in_flight.remove(head)
         position = (position + 1) & 0xFFFF
         self.next_used = position
-        # The element is visible before the index that covers it: stores stay in order.
-        self._used[1] = position
+        if (states := self._states) is not None and (tracked := self._tracked) is not None:
+            # This process may be killed between any two of these stores: see devices/vhost/inflight.py.
+            tracked[LAST_BATCH_HEAD] = head
+            self._used[1] = position
+            states[2 * head] = 0
+            tracked[TRACKED_USED_IDX] = position
+        else:
+            # The element is visible before the index that covers it: stores stay in order.
+            self._used[1] = position
 
     def interrupt_wanted(self) -> bool:
         """Whether the driver wants to hear of what was pushed since the last time that this said so. Ask
@@ -251,3 +320,5 @@ class SplitQueue:
         self._available.release()
         self._used.release()
         self._used_elements.release()
+        if self._tracker is not None:
+            self._tracker.release()

@@ -157,10 +157,15 @@ def launch(kind: str, name: str, arguments: Mapping[str, str], fds: Mapping[str,
     return Worker(name, pid, pidfd, ours, stderr_read)
 
 
-def _spawn(kind: str, name: str, words: list[str], actions: list[tuple[int, int, int]]) -> int:
+def worker_command(kind: str, name: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
+    """What to execute, and in which environment."""
     stub = STUB.format(root=package_root())
-    command = [sys.executable, "-I", "-S", "-c", stub, kind, name, f"parent={os.getpid()}", *words]
     environment = {key: os.environ[key] for key in PASSED_ENVIRONMENT if key in os.environ}
+    return [sys.executable, "-I", "-S", "-c", stub, kind, name, *words], environment
+
+
+def _spawn(kind: str, name: str, words: list[str], actions: list[tuple[int, int, int]]) -> int:
+    command, environment = worker_command(kind, name, [f"parent={os.getpid()}", *words])
     # SIGTERM and SIGINT as a worker expects them, whatever the VMM blocks or ignores.
     everything = [signal.SIGTERM, signal.SIGINT]
     return os.posix_spawn(

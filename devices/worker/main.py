@@ -8,7 +8,16 @@ another VMM by hand, give it a listening socket.
 
 Kinds and their other words:
     blk   format=raw|qcow2  read_only=0|1  serial=TEXT
-    net   mac=52:54:00:12:34:56  mtu=1500
+          backing=qcow2,raw  backing0=FD  backing1=FD ...  journal=FD  zstd=1
+          `backing` has the formats of the backing files, nearest first; `journal` is a memfd for a qcow2
+          image (devices.block.qcow2_journal) that the next worker replays after this one was killed; `zstd`
+          says that one of the images is compressed so, for the library must be loaded before the sandbox.
+    net   mac=52:54:00:12:34:56  mtu=1500  locked=0|1
+          local=100.64.1.2  hostmac=52:54:00:12:34:57  boot=FILE  hostname=NAME
+          `local` is the host's address; the guest's is one higher. With it the card answers DHCP, in the name
+          of `hostmac`, the tap's own MAC. Nobody tells a worker that the tap's MAC changed later, and nobody
+          need: clients broadcast their requests, and find the host by ARP before they send it anything else.
+
 Any kind: parent=PID, the process to die with.
 
 A worker that fails says so in one line on stderr and exits with EXIT_FAILURE, or EXIT_IMAGE when its disk
@@ -20,10 +29,12 @@ from __future__ import annotations
 
 import os
 import sys
-from _socket import SHUT_RD, SO_ACCEPTCONN, SOL_SOCKET, socket
+from _socket import SHUT_RD, SO_ACCEPTCONN, SOL_SOCKET, inet_aton, socket
 
+from devices.block import zstd
 from devices.block.open import open_image
 from devices.errors import GuestError, ImageError
+from devices.net.dhcp import Lease
 from devices.vhost.backend import Backend
 from devices.vhost.channel import Channel
 from devices.vhost.messages import ProtocolError
@@ -109,7 +120,7 @@ class Complaint:
 class Options:
     """The command line, checked."""
 
-    __slots__ = ("channel", "fd", "kind", "name", "parent", "words")
+    __slots__ = ("backing", "channel", "fd", "journal", "kind", "name", "parent", "words")
 
     def __init__(self, arguments: list[str]) -> None:
         """Raises ValueError, naming the word that is wrong."""
@@ -125,6 +136,17 @@ class Options:
         self.channel = self._number("channel")
         self.fd = self._number(KINDS[self.kind])
         self.parent = self._number("parent") if "parent" in self.words else None
+        self.journal = self._number("journal") if "journal" in self.words else None
+        self.backing: list[tuple[str, int]] = []
+        if "backing" in self.words:
+            for index, fmt in enumerate(self.words["backing"].split(",")):
+                self.backing.append((fmt, self._number(f"backing{index}")))
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """All descriptors but the channel."""
+        journal = () if self.journal is None else (self.journal,)
+        return (self.fd, *(fd for _, fd in self.backing), *journal)
 
     def _number(self, key: str) -> int:
         text = self.words.get(key, "")
@@ -135,14 +157,37 @@ class Options:
 
 def open_device(options: Options) -> RingDevice:
     """In the sandbox: what parses a disk image needs it as much as what serves the guest. Owns
-    `options.fd`.
+    `options.fds`.
     """
     words = options.words
     if options.kind == "blk":
-        image = open_image(words.get("format", "raw"), options.fd, words.get("read_only", "0") == "1")
+        backing = None
+        for fmt, fd in reversed(options.backing):
+            backing = open_image(fmt, fd, True, backing)
+        read_only = words.get("read_only", "0") == "1"
+        image = open_image(words.get("format", "raw"), options.fd, read_only, backing, options.journal)
         return BlkDevice(image, words.get("serial", options.name).encode("utf-8", "replace"))
-    mac = bytes.fromhex(words.get("mac", "").replace(":", ""))
-    return NetDevice(options.fd, mac, int(words["mtu"]) if "mtu" in words else None)
+    mac = _mac(words.get("mac", ""))
+    mtu = int(words["mtu"]) if "mtu" in words else None
+    return NetDevice(options.fd, mac, mtu, locked=words.get("locked", "0") == "1", lease=_lease(words, mac))
+
+
+def _mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def _lease(words: dict[str, str], mac: bytes) -> Lease | None:
+    if "local" not in words:
+        return None
+    server = inet_aton(words["local"])
+    return Lease(
+        mac,
+        (int.from_bytes(server, "big") + 1).to_bytes(4, "big"),
+        _mac(words.get("hostmac", "")),
+        server,
+        os.fsencode(words.get("boot", "")),
+        words.get("hostname", "").encode("ascii", "ignore"),
+    )
 
 
 def connect(fd: int) -> socket:
@@ -182,7 +227,9 @@ def serve(options: Options, complaint: Complaint) -> None:
     os.dup2(null, 1)
     os.close(null)
     complaint.rehearse()
-    refused = sandbox.enter((0, 1, 2, sock.fileno(), options.fd), options.parent)
+    if options.words.get("zstd") == "1":
+        zstd.load()
+    refused = sandbox.enter((0, 1, 2, sock.fileno(), *options.fds), options.parent)
     if complaint.debug:
         for layer, why in refused:
             complaint.say(f"sandbox without {layer}: {why}")

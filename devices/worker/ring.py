@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
         def write_config(self, offset: int, data: bytes) -> None: ...
 
+        def configure(self, offset: int, data: bytes) -> None:
+            """The VMM changes what the device is. No queue runs. Raises GuestError for what cannot be."""
+
         def source_fd(self, index: int) -> int:
             """A descriptor whose input queue `index` serves, or -1."""
 
@@ -212,6 +215,9 @@ class RingServer:
 
     def write_config(self, offset: int, data: bytes) -> None:
         self._device.write_config(offset, data)
+
+    def configure(self, offset: int, data: bytes) -> None:
+        self._device.configure(offset, data)
 
     def start_queue(self, index: int, queue: SplitQueue, kick_fd: int, call_fd: int, err_fd: int) -> None:
         """Serve `queue` until it is stopped. The descriptors stay the caller's, -1 is none. Raises

@@ -19,6 +19,7 @@ from devices.vhost.channel import Channel
 from devices.vhost.messages import CONFIG as CONFIG_HEADER
 from devices.vhost.messages import (
     HEADER,
+    INFLIGHT_PADDED,
     MEM_REGION,
     MEM_TABLE,
     NEED_REPLY,
@@ -383,7 +384,7 @@ def test_config_change_is_announced(peer: Peer) -> None:
 BROKEN = [
     (Request.SET_FEATURES, U64.pack(1 << 40), 0),
     (Request.SET_FEATURES, b"1234", 0),
-    (Request.SET_PROTOCOL_FEATURES, U64.pack(1 << 12), 0),
+    (Request.SET_PROTOCOL_FEATURES, U64.pack(1 << 11), 0),
     (Request.GET_FEATURES, b"", 1),
     (Request.GET_FEATURES, b"1", 0),
     (Request.SET_LOG_BASE, U64.pack(0), 0),
@@ -514,9 +515,9 @@ def test_header_layouts() -> None:
         (MEM_REGION, 32),
         (SINGLE_MEM_REGION, 40),
         (CONFIG_HEADER, 12),
+        (INFLIGHT_PADDED, 24),
     ]
     assert [layout.size for layout, _ in layouts] == [size for _, size in layouts]
-    assert PROTOCOL_FEATURES & ProtocolFeature.INFLIGHT_SHMFD == 0
 
 
 def test_a_worker_imports_little() -> None:
@@ -531,6 +532,7 @@ def test_a_worker_imports_little() -> None:
     assert [name for name in output.split() if name.startswith("devices.vhost.")] == [
         "devices.vhost.backend",
         "devices.vhost.channel",
+        "devices.vhost.inflight",
         "devices.vhost.memory_table",
         "devices.vhost.messages",
     ]

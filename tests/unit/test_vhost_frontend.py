@@ -258,6 +258,8 @@ class Peer:
             self.reply(message, U64.pack(self.features))
         elif message.request == Request.GET_PROTOCOL_FEATURES:
             self.reply(message, U64.pack(PROTOCOL_FEATURES))
+        elif message.request == Request.GET_INFLIGHT_FD:
+            self.channel.send(message.request, message.payload, [0], REPLY)
         elif message.request == Request.GET_QUEUE_NUM:
             self.reply(message, U64.pack(2))
         elif message.request in (Request.GET_CONFIG, Request.GET_VRING_BASE):
@@ -378,6 +380,8 @@ def test_too_few_queues() -> None:
 LATER = [
     Request.SET_FEATURES,
     Request.SET_MEM_TABLE,
+    Request.GET_INFLIGHT_FD,
+    Request.SET_INFLIGHT_FD,
     Request.SET_VRING_ADDR,
     Request.SET_VRING_KICK,
     Request.SET_VRING_ENABLE,

@@ -6,6 +6,7 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -169,6 +170,8 @@ class BlkDevice:
 
     def write_config(self, offset: int, data: bytes) -> None: ...
 
+    def configure(self, offset: int, data: bytes) -> None: ...
+
     def start_queue(self, index: int, queue: SplitQueue, kick_fd: int, call_fd: int, err_fd: int) -> None:
         self.starts += 1
         self._running = (queue, kick_fd, call_fd)
@@ -258,3 +261,33 @@ def test_qemu_boots_from_our_back_end(tmp_path: Path) -> None:
     assert device.reads >= 2
     assert device.starts >= 1
     assert open_fds() == before
+
+
+def test_qemu_boots_from_a_worker_started_by_hand(tmp_path: Path) -> None:
+    """`vmrun worker blk`, as docs/guide.md has it: sandbox, lock and in-flight buffer included."""
+    if QEMU is None:
+        pytest.skip("needs qemu-system-x86_64 (Debian package qemu-system-x86)")
+    disk, path = tmp_path / "disk.img", tmp_path / "blk.sock"
+    disk.write_bytes((BOOT_SECTOR + b"\x15" * SECTOR).ljust(4 * MIB, b"\0"))
+    with ExitStack() as stack:
+        command = [sys.executable, "-m", "vmrun", "worker", "blk", "--socket", str(path), "--disk", str(disk)]
+        worker = stack.enter_context(subprocess.Popen(command))
+        stack.callback(worker.kill)
+        deadline = time.monotonic() + 30
+        while not path.exists():
+            assert worker.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        qemu = subprocess.run(
+            [
+                *(QEMU, "-accel", "tcg", "-m", "32", "-display", "none", "-nodefaults", "-no-user-config"),
+                *("-object", "memory-backend-memfd,id=ram,size=32M,share=on", "-M", "pc,memory-backend=ram"),
+                *("-chardev", f"socket,id=blk,path={path}"),
+                *("-device", "vhost-user-blk-pci,chardev=blk,num-queues=1,bootindex=1"),
+                *("-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
+            ],
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+        assert qemu.returncode == 0x15 << 1 | 1
+        assert worker.wait(20) == 0

@@ -72,6 +72,12 @@ class ToyDevice:
             raise GuestError("read-only configuration")
         self.config[offset : offset + len(data)] = data
 
+    def configure(self, offset: int, data: bytes) -> None:
+        assert not self._serving
+        if offset:
+            raise GuestError("only the beginning may be changed")
+        self.config[: len(data)] = data
+
     def start_queue(self, index: int, queue: SplitQueue, kick_fd: int, call_fd: int, err_fd: int) -> None:
         assert index not in self._serving
         self.started.append(index)

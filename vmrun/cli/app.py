@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Exit as Exit
 
-from vmrun.cli import boot, console, doctor, guest, machines, print_version
+from vmrun.cli import boot, console, doctor, guest, machines, print_version, worker
 
 # Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
 # the base class of what is wrong with a command line.
@@ -74,6 +74,7 @@ def command() -> Any:
     ):
         app.command(command.__name__)(command)
     app.add_typer(guest.app(), name="guest")
+    app.add_typer(worker.app(), name="worker")
     return typer.main.get_command(app)
 
 

@@ -8,10 +8,13 @@ opened is on one ExitStack and goes in reverse order, whatever happens.
 
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
+from devices.errors import ImageError
 from devices.pci.bus import PciBus
 from devices.platform.acpi_pm import AcpiPm
 from devices.platform.cmos import Cmos
@@ -20,53 +23,68 @@ from devices.platform.i8042 import I8042
 from devices.platform.post import PostCodes
 from devices.platform.pvpanic import PvPanic
 from devices.platform.uart import Uart
+from devices.scsi.medium import Medium
 from devices.vhost.frontend import VhostUserDevice
 from devices.vhost.messages import ProtocolError
-from devices.virtio.device import VIRTIO_ID_BLOCK, VIRTIO_ID_NET
+from devices.virtio.rng import VirtioRng
+from devices.virtio.scsi import ScsiDevice
 from devices.virtio.transport import VirtioPciFunction
-from devices.worker.launcher import Worker, launch
+from devices.virtio.vmmci import IDENTITY as VMMCI_IDENTITY
 from vmrun.boot.loader import load
 from vmrun.errors import EXIT_IMAGE, EXIT_NO_KVM, EXIT_PANIC, EXIT_TIMEOUT, EXIT_VMM, UserError
 from vmrun.host.check import kvm_flavour
-from vmrun.host.disks import Disks
-from vmrun.host.tap import Tap, random_mac
+from vmrun.host.disks import Disks, OpenDisk
+from vmrun.host.nics import Nics
 from vmrun.kvm import System, Vm, abi
 from vmrun.kvm.software import SoftwareCpu, adjust_cpuid, prepare_vm
 from vmrun.machine import layout
 from vmrun.machine.board import KvmBoard
 from vmrun.machine.bootplan import plan
-from vmrun.machine.config import MachineConfig
+from vmrun.machine.clock_jump import ClockJump
+from vmrun.machine.config import DiskConfig, MachineConfig, VhostUserDisk
 from vmrun.machine.cpuid import vcpu_leaves
 from vmrun.machine.loop import EventLoop
 from vmrun.machine.memory import Ram
+from vmrun.machine.pause import Done, Pause
 from vmrun.machine.serial import ConsoleLike, SerialLink
+from vmrun.machine.shutdown import Shutdown
 from vmrun.machine.vcpu import GuestHalted, VcpuThread, allow_kicks, set_boot_state, set_common_state
+from vmrun.machine.workers import SupervisedWorker, connect_foreign
 
-BLK_QUEUES = (256,)
-NET_QUEUES = (256, 256)  # receive, transmit
 SOFTWARE_KVM_NOTE = (
-    "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), and vmrun finishes what it "
+    "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), vmrun finishes what it "
     "leaves undone; programs run at full speed. See `vmrun doctor`"
 )
 STOP_SECONDS = 5.0  # how long a vCPU thread may take to leave the guest
-DEAD_WORKER_SECONDS = 2.0  # how long a broken channel may precede the news of its worker's death
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a machine ended: vmrun's exit code, and why in one line."""
+    """How a machine ended: vmrun's exit code, and why in one line. `restart`: it was asked to reboot, so
+    whoever started it starts it again.
+    """
 
     code: int
     reason: str
+    restart: bool = False
 
 
-def run(config: MachineConfig, *, console: ConsoleLike, timeout: float | None = None) -> Outcome:
+def run(
+    config: MachineConfig,
+    *,
+    console: ConsoleLike,
+    timeout: float | None = None,
+    attend: Callable[["Machine"], None] = lambda machine: None,
+) -> Outcome:
     """Build the machine, run it to its end, and leave nothing behind. Raises UserError and OSError.
 
-    Ends after `timeout` seconds at the latest, counted from the guest's first instruction.
+    Ends after `timeout` seconds at the latest, counted from the guest's first instruction. `attend` is given
+    the machine before it runs.
     """
     with ExitStack() as stack:
-        return Machine(config, console, stack).run(timeout)
+        machine = Machine(config, console, stack)
+        attend(machine)
+        return machine.run(timeout)
 
 
 class Machine:
@@ -77,23 +95,23 @@ class Machine:
     def __init__(self, config: MachineConfig, console: ConsoleLike, stack: ExitStack) -> None:
         self.config = config
         self.outcome: Outcome | None = None
+        self._termination_asked = False
         self._software_kvm = kvm_flavour() == "pvm"
         boot = plan(config, software_kvm=self._software_kvm)
-        disks = stack.enter_context(Disks(config.disks))
-        taps = [stack.enter_context(Tap(nic.tap, nic.address)) for nic in config.nics]
+        images = [disk for disk in config.disks if isinstance(disk, DiskConfig)]
+        disks = stack.enter_context(Disks(images))
+        disc = _open_disc(config.cdrom, stack) if config.cdrom is not None else None
+        nics = stack.enter_context(Nics(config.nics, config.name))
 
         # Workers take a while to start: they do it while we build the rest.
-        workers = []
-        for index, disk in enumerate(disks):
-            words = {"format": disk.config.format, "read_only": str(int(disk.config.read_only))}
-            if disk.config.serial:
-                words["serial"] = disk.config.serial
-            workers.append(stack.enter_context(launch("blk", f"blk{index}", words, {"image": disk.fd})))
-        for index, (nic, tap) in enumerate(zip(config.nics, taps, strict=True)):
-            mac = nic.mac or random_mac()
-            workers.append(
-                stack.enter_context(launch("net", f"net{index}", {"mac": mac.hex(":")}, {"tap": tap.fd}))
-            )
+        workers: dict[str, SupervisedWorker] = {}
+        positions = [index for index, disk in enumerate(config.disks) if isinstance(disk, DiskConfig)]
+        for index, disk in zip(positions, disks, strict=True):
+            worker = SupervisedWorker("blk", f"blk{index}", disk.words, disk.fds)
+            workers[worker.name] = stack.enter_context(worker)
+        for index, nic in enumerate(nics):
+            worker = SupervisedWorker("net", f"net{index}", nic.words, {"tap": nic.tap.fd})
+            workers[worker.name] = stack.enter_context(worker)
 
         self.ram = stack.enter_context(Ram(config.memory))
         state = load(self.ram.memory, boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline, cpus=config.cpus)
@@ -113,10 +131,15 @@ class Machine:
         )
         stack.callback(self.pci.close)
         self._plug_platform(console)
-        for worker in workers:
-            self._plug_worker(worker)
+        self._plug_workers(workers, stack)
+        if disc is not None:
+            scsi = ScsiDevice(self.ram.memory, self.board, disc)
+            self.pci.plug(VirtioPciFunction(scsi, self.board, name="scsi"))
+        self._plug_virtio()
         self.vcpus = [self._create_vcpu(vm, supported, index, stack) for index in range(config.cpus)]
         set_boot_state(self.vcpus[0].vcpu, state)
+        self.workers = workers
+        self.pause = Pause(self.loop, self.vcpus)
 
     def _create_vm(self, kvm: System) -> Vm:
         vm = kvm.create_vm()
@@ -157,27 +180,45 @@ class Machine:
         pio.insert(layout.DEBUG_EXIT_PORT, 1, debug_exit)
         self.pci.plug(PvPanic(lambda: self.end(EXIT_PANIC, "the guest's kernel panicked")))
 
-    def _plug_worker(self, worker: Worker) -> None:
-        """Shake hands with `worker` and plug the device that it serves. UserError when its disk image is to
-        blame.
+    def _plug_virtio(self) -> None:
+        """The virtio devices that are on every board and live in this process."""
+        rng = VirtioRng(self.ram.memory, self.board)
+        self.pci.plug(VirtioPciFunction(rng, self.board, name="rng"))
+        self.shutdown = Shutdown(self.loop, self.acpi_pm, self._end_requested)
+        vmmci = self.shutdown.vmmci
+        self.shutdown.on_driver = ClockJump(self.loop, vmmci).update
+        self.pci.plug(VirtioPciFunction(vmmci, self.board, name="vmmci", identity=VMMCI_IDENTITY))
+
+    def _plug_workers(self, workers: dict[str, SupervisedWorker], stack: ExitStack) -> None:
+        """One PCI function for each worker and each foreign back end, disks first and in their order.
+        UserError when one cannot serve.
         """
-        is_disk = worker.name.startswith("blk")
+        names = [f"blk{index}" for index in range(len(self.config.disks))]
+        foreign = {
+            name: disk.path
+            for name, disk in zip(names, self.config.disks, strict=True)
+            if isinstance(disk, VhostUserDisk)
+        }
+        self.devices: dict[str, VhostUserDevice] = {}
+        for name in dict.fromkeys((*names, *workers)):
+            if name in foreign:
+                device = connect_foreign(
+                    foreign[name], name, self.ram.memory, self.board, lambda text: self.end(EXIT_VMM, text)
+                )
+            else:
+                device = workers[name].connect(self.ram.memory, self.board, self.loop, self.end)
+                stack.callback(workers[name].quit)
+            self.pci.plug(VirtioPciFunction(device, self.board, name=name))
+            self.devices[name] = device
+
+    def resize_disk(self, index: int, size: int) -> None:
+        """Let disk `index` have `size` bytes, more than before; its driver is told. Waits for the disk's
+        worker, so from any thread but the main loop's. UserError when it cannot be.
+        """
         try:
-            device = VhostUserDevice(
-                worker.channel,
-                name=worker.name,
-                device_id=VIRTIO_ID_BLOCK if is_disk else VIRTIO_ID_NET,
-                queue_sizes=BLK_QUEUES if is_disk else NET_QUEUES,
-                memory=self.ram.memory,
-                board=self.board,
-                on_failure=lambda text: self._channel_failed(worker, text),
-            )
+            self.devices[f"blk{index}"].resize(size)
         except ProtocolError as error:
-            if not worker.wait(DEAD_WORKER_SECONDS):
-                raise UserError(f"worker {worker.name} does not answer: {error}", EXIT_VMM) from None
-            raise UserError(*self._worker_end(worker)) from None
-        self.pci.plug(VirtioPciFunction(device, self.board, name=worker.name))
-        self.loop.watch(worker.pidfd, lambda: self._worker_ended(worker))
+            raise UserError(str(error), EXIT_IMAGE) from None
 
     def _create_vcpu(
         self, vm: Vm, supported: list[abi.kvm_cpuid_entry2], index: int, stack: ExitStack
@@ -214,51 +255,71 @@ class Machine:
                 signal.signal(number, handler)
         return self.outcome or Outcome(EXIT_VMM, "the main loop ended for no reason")
 
+    def quiesce(self, done: Done) -> None:
+        """Make the machine hold still, `done` is called when it does: its vCPUs are out of the guest. The
+        workers' rings are where stopping them would come in. `self.pause.resume` lets it go on. Main loop.
+        """
+        self.pause.pause(done)
+
     def _stop_vcpus(self) -> None:
+        self.pause.release()
         for thread in self.vcpus:
             thread.stop()
         for thread in self.vcpus:
             if not thread.join(STOP_SECONDS):
                 raise OSError(f"vCPU thread {thread.index} does not stop")
 
-    def end(self, code: int, reason: str) -> None:
+    def request_shutdown(self, code: int = 128 + signal.SIGTERM, reason: str = "stopped") -> None:
+        """Ask the guest to shut down, as `vmrun.machine.shutdown` says; `code` is for an end that must be
+        forced. Any thread, and signal handlers.
+        """
+        self.loop.call_soon(lambda: self.shutdown.request(code, reason))
+
+    def request_reboot(self, code: int = 128 + signal.SIGTERM, reason: str = "rebooted") -> None:
+        """Ask the guest to reboot, likewise. The machine ends, and its outcome says `restart`."""
+        self.loop.call_soon(lambda: self.shutdown.request(code, reason, reboot=True))
+
+    def end(self, code: int, reason: str, *, restart: bool = False) -> None:
         """End the machine; the first reason given stands. Any thread, and signal handlers."""
         if self.outcome is None:
-            self.outcome = Outcome(code, reason)
+            self.outcome = Outcome(code, reason, restart)
         self.loop.stop()
 
+    def _end_requested(self, code: int, reason: str) -> None:
+        self.end(code, reason, restart=self.shutdown.reboot)
+
     def _guest_power_off(self) -> None:
-        self.end(0, "the guest powered off")
+        self._end_requested(0, "the guest powered off")
 
     def _guest_reset(self) -> None:
-        self.end(0, "the guest reset the machine")
+        self._end_requested(0, "the guest reset the machine")
 
     def _vcpu_ended(self, index: int, error: BaseException | None) -> None:
         if isinstance(error, GuestHalted):
-            self.end(EXIT_PANIC, str(error))
+            # OpenBSD has no other way to end a machine than this.
+            if self.shutdown.expected:
+                self._end_requested(0, "the guest shut down")
+            else:
+                self.end(EXIT_PANIC, str(error))
         elif error is not None:
             self.end(EXIT_VMM, str(error) or f"vCPU {index}: {type(error).__name__}")
 
-    def _worker_end(self, worker: Worker) -> tuple[str, int]:
-        # A worker that finds its image at fault exits with the very code that vmrun reserves for that.
-        return worker.describe_exit(), EXIT_IMAGE if worker.exit_code == EXIT_IMAGE else EXIT_VMM
-
-    def _worker_ended(self, worker: Worker) -> None:
-        self.loop.unwatch(worker.pidfd)
-        worker.poll()
-        reason, code = self._worker_end(worker)
-        self.end(code, reason)
-
-    def _channel_failed(self, worker: Worker, text: str) -> None:
-        """A channel breaks before its worker's death is known: the death says more, if it comes."""
-
-        def wait_for_death() -> None:
-            self.loop.call_later(DEAD_WORKER_SECONDS, lambda: self.end(EXIT_VMM, text))
-
-        self.loop.call_soon(wait_for_death)
-
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        self.end(128 + number, f"stopped by {signal.Signals(number).name}")
+        code, reason = 128 + number, f"stopped by {signal.Signals(number).name}"
+        if number == signal.SIGTERM and not self._termination_asked:
+            self._termination_asked = True
+            self.request_shutdown(code, reason)
+        else:
+            self.end(code, reason)
+
+
+def _open_disc(path: Path, stack: ExitStack) -> Medium:
+    """The image at `path`, open and locked against writers until `stack` is closed."""
+    file = stack.enter_context(closing(OpenDisk(DiskConfig(path, "raw", read_only=True))))
+    try:
+        return Medium(file.fd)
+    except ImageError as error:
+        raise UserError(f"--cdrom {path}: {error}", EXIT_IMAGE) from None
 
 
 def _open_kvm() -> System:
