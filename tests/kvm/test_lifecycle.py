@@ -356,3 +356,37 @@ def test_nobody_needs_to_watch_a_talkative_guest(bare_kernel: Kernel) -> None:
         with MachineClient("web") as client:
             before = client.inspect()["exits"][0]
             eventually(lambda: client.inspect()["exits"][0] > before + 2000)
+
+
+def test_top_on_a_terminal(bare_kernel: Kernel) -> None:
+    start(bare_kernel(SPIN))
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "vmrun", "top", "--interval", "200ms"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    text = b""
+    while b"running" not in text or b"web" not in text:
+        assert select.select([master], [], [], 30)[0], text
+        text += os.read(master, 4096)
+    os.write(master, b"q")
+    try:
+        while os.read(master, 4096):
+            pass
+    except OSError:
+        pass  # it has ended, and the terminal with it
+    assert process.wait(30) == 0
+    os.close(master)
+
+
+@pytest.mark.parametrize("command", [["console", "web"], ["log", "-f", "web"], ["wait", "web"]])
+def test_a_killed_client_changes_nothing(bare_kernel: Kernel, command: list[str]) -> None:
+    start(bare_kernel(COUNT))
+    with MachineClient("web") as client:
+        before = client.inspect()["clients"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vmrun", *command], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        eventually(lambda: client.inspect()["clients"] == before + 1)
+        process.kill()
+        process.wait()
+        eventually(lambda: client.inspect()["clients"] == before)

@@ -78,6 +78,12 @@ class Outcome:
     def __init__(self, code: int, reason: str) -> None:
         self.code = code
         self.reason = reason
+        self.restart = False
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VMRUN_RUNTIME", str(tmp_path / "run"))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
@@ -92,7 +98,7 @@ def test_boot_hands_over_what_was_asked_for(
 ) -> None:
     seen = []
 
-    def run(config: Any, *, console: Any, timeout: float | None) -> Outcome:
+    def run(config: Any, *, console: Any, timeout: float | None, **how: Any) -> Outcome:
         seen.append((config, console.wake_fd >= 0, timeout))
         return Outcome(errors.EXIT_PANIC, "the guest kernel panicked")
 

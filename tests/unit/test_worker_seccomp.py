@@ -109,7 +109,13 @@ def test_argument_checks() -> None:
     assert verdict(call["clone"], 0x3D0F00) == SECCOMP_RET_ALLOW
     assert verdict(call["clone"], 0x3D0F00 | 0x10000000) == errno(1)
     assert verdict(call["newfstatat"], 3, 0, 0, 0) == errno(1)
-    tcsbrk, tiocsti = 0x5409, 0x5412
-    assert verdict(call["ioctl"], 0, tcsbrk) == verdict(call["ioctl"], 0, tiocsti) == errno(1)
     f_setown = 8
     assert verdict(call["fcntl"], 0, f_setown) == errno(1)
+
+
+def test_a_worker_cannot_make_the_vmms_eventfds_blocking() -> None:
+    """They are one open file on both sides: a blocking read of an empty one would hold the main loop."""
+    fcntl, f_setfl, ioctl = 72, 4, 16
+    fionbio, tiocsti = 0x5421, 0x5412
+    assert verdict(fcntl, 5, f_setfl) == errno(1)
+    assert verdict(ioctl, 5, fionbio) == verdict(ioctl, 5, tiocsti) == errno(1)
