@@ -12,6 +12,11 @@ from devices.errors import ImageError
 
 SECTOR_SIZE = 512
 
+# What `Image.extent` finds.
+ABSENT = 0  # nothing in this image: its backing image decides, and without one there are zeroes
+ZEROES = 1
+DATA = 2
+
 
 class Image:
     """A virtual disk of `size` bytes.
@@ -25,6 +30,7 @@ class Image:
 
     __slots__ = ("block_size", "discard_granularity", "read_only", "size")
 
+    backing: Image | None = None  # what is read where this image has nothing
     size: int
     read_only: bool
     block_size: int  # bytes: what a guest does well to align to
@@ -53,6 +59,13 @@ class Image:
 
     def write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
         """These bytes read as zeroes from now on. `unmap` allows giving their space back to the host."""
+        raise NotImplementedError
+
+    def extent(self, offset: int, size: int) -> tuple[int, int, int]:
+        """What this image itself, without what lies below it, has at `offset`, which is inside the disk:
+        ABSENT, ZEROES or DATA; where in the file, or -1 when it has no place or is compressed; and for how
+        many bytes, at most `size`, that is known. The next ones may be the same.
+        """
         raise NotImplementedError
 
     def grow(self, size: int) -> None:

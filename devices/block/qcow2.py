@@ -15,7 +15,8 @@ from __future__ import annotations
 import errno
 import os
 
-from devices.block.image import Image
+from devices.block.image import ABSENT, ZEROES, Image
+from devices.block.image import DATA as PRESENT
 from devices.block.qcow2_compressed import CompressedReader
 from devices.block.qcow2_file import CorruptImage, Qcow2File
 from devices.block.qcow2_header import (
@@ -332,6 +333,55 @@ class Qcow2Image(Image):
                     self._compressed.forget()
             offset += run
             self._map.commit_if_large()
+
+    def extent(self, offset: int, size: int) -> tuple[int, int, int]:
+        try:
+            kind, host, run = self._map.lookup(offset, size)
+        except CorruptImage:
+            self._corrupt()
+            raise
+        if kind in (DATA, SHARED):
+            return PRESENT, host, run
+        if kind == COMPRESSED:
+            return PRESENT, -1, run
+        if kind == ZERO_ALLOCATED:
+            return ZEROES, host, run
+        return (ZEROES if kind == ZERO else ABSENT), -1, run
+
+    def write_compressed(self, offset: int, stream: bytes) -> None:
+        """Make the cluster at `offset`, in which there is nothing yet, what `stream` decompresses to.
+
+        The stream is of the image's compression type, holds a whole cluster, and is shorter than one.
+        """
+        self.check_writable()
+        kind, _, _ = self._map.lookup(offset, 1)
+        if kind != UNALLOCATED or offset % self._file.cluster_size or len(stream) >= self._file.cluster_size:
+            raise ImageError(f"no compressed cluster can be written at {offset}")
+        host = self._refcounts.allocate_bytes(len(stream))
+        write_from(self._file.fd, [memoryview(stream)], host, len(stream))
+        self._map.replace(offset, 1, self._map.compressed_entry(host, len(stream)))
+
+    def empty(self) -> None:
+        """Let go of all clusters: from now on everything is read from the backing image. Durable when this
+        returns; interrupted, it has let go of some.
+        """
+        self.check_writable()
+        if self.backing is None:
+            raise ImageError("the qcow2 image has no backing file: emptied, it would lose its data")
+        try:
+            offset = 0
+            while offset < self.size:
+                kind, _, run = self._map.lookup(offset, self.size - offset)
+                if kind != UNALLOCATED:
+                    count = min(-(-run >> self._file.cluster_bits), self._map.clusters_to_table_end(offset))
+                    self._map.replace(offset, count, 0)
+                    self._map.commit_if_large()
+                offset += run
+            self._compressed.forget()
+            self.flush()
+        except CorruptImage:
+            self._corrupt()
+            raise
 
     def grow(self, size: int) -> None:
         self.check_growth(size)

@@ -6,8 +6,10 @@ import os
 import struct
 
 from devices.block.qcow2_header import (
+    COMPRESSION_ZLIB,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_END,
+    INCOMPATIBLE_COMPRESSION,
     MAGIC,
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
@@ -31,6 +33,7 @@ def create_qcow2(
     refcount_bits: int = 16,
     backing_file: str | None = None,
     backing_format: str | None = None,
+    compression_type: int = COMPRESSION_ZLIB,
 ) -> None:
     """Make the empty regular file `fd` a qcow2 image of `size` bytes, durably.
 
@@ -46,6 +49,8 @@ def create_qcow2(
         raise ImageError(f"qcow2 version {version}: give 2 or 3")
     if refcount_bits != 1 << refcount_order or refcount_order > 6 or (version == 2 and refcount_order != 4):
         raise ImageError(f"refcount bits {refcount_bits}: give 1, 2, 4 ... 64, and 16 for version 2")
+    if compression_type != COMPRESSION_ZLIB and version == 2:
+        raise ImageError("qcow2 version 2 knows only zlib")
     l1_size = max(1, l1_entries(size, cluster_bits))
     if size < 0 or l1_size * 8 > MAX_L1_SIZE:
         raise ImageError(f"a disk of {size} bytes cannot be with clusters of {cluster_size} bytes")
@@ -75,6 +80,7 @@ def create_qcow2(
         refcount_order,
         backing_file,
         backing_format,
+        compression_type,
     )
     table = b"".join(((first_block + number) << cluster_bits).to_bytes(8, "big") for number in range(blocks))
     os.ftruncate(fd, 0)
@@ -109,6 +115,7 @@ def _header(
     refcount_order: int,
     backing_file: str | None,
     backing_format: str | None,
+    compression_type: int,
 ) -> bytes:
     extensions = b""
     if backing_format is not None:
@@ -117,7 +124,9 @@ def _header(
         extensions += struct.pack(">II", EXTENSION_BACKING_FORMAT, len(name)) + padded
     extensions += struct.pack(">II", EXTENSION_END, 0)
     backing = os.fsencode(backing_file) if backing_file is not None else b""
-    length = V2_LENGTH if version == 2 else V3_LENGTH
+    # The compression type is a field of its own behind those of version 3, padded to 8 bytes.
+    compression = bytes([compression_type]).ljust(8, b"\0") if compression_type != COMPRESSION_ZLIB else b""
+    length = (V2_LENGTH if version == 2 else V3_LENGTH) + len(compression)
     backing_offset = length + len(extensions) if backing else 0
     if len(backing) > MAX_BACKING_NAME or backing_offset + len(backing) > 1 << cluster_bits:
         raise ImageError(f"the name of the backing file is too long: {len(backing)} bytes")
@@ -137,5 +146,6 @@ def _header(
         0,
     )
     if version == 3:
-        header += V3.pack(0, 0, 0, refcount_order, V3_LENGTH)
+        header += V3.pack(INCOMPATIBLE_COMPRESSION if compression else 0, 0, 0, refcount_order, length)
+        header += compression
     return header + extensions + backing

@@ -27,6 +27,7 @@ INCOMPATIBLE_CORRUPT = 1 << 1
 INCOMPATIBLE_DATA_FILE = 1 << 2
 INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 
 EXTENSION_END = 0
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
@@ -63,6 +64,7 @@ class Header:
         "backing_file",
         "backing_format",
         "cluster_bits",
+        "compatible_features",
         "compression_type",
         "has_bitmaps",
         "incompatible_features",
@@ -116,16 +118,20 @@ class Header:
         return V2_LENGTH if self.version == 2 else V3_LENGTH
 
     def _read_features(self, start: bytes) -> None:
-        self.incompatible_features = self.autoclear_features = 0
+        self.incompatible_features = self.compatible_features = self.autoclear_features = 0
         self.refcount_order = 4
         self.compression_type = COMPRESSION_ZLIB
         if self.version == 2:
             return
         if len(start) < V3_LENGTH:
             raise ImageError("the qcow2 header is cut off")
-        self.incompatible_features, _, self.autoclear_features, self.refcount_order, length = V3.unpack_from(
-            start, V2_LENGTH
-        )
+        (
+            self.incompatible_features,
+            self.compatible_features,
+            self.autoclear_features,
+            self.refcount_order,
+            length,
+        ) = V3.unpack_from(start, V2_LENGTH)
         if not V3_LENGTH <= length <= len(start) or length % 8:
             raise ImageError(f"qcow2 header_length {length} makes no sense")
         if self.refcount_order > 6:

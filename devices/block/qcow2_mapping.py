@@ -234,6 +234,11 @@ class ClusterMap:
         sectors = (entry >> shift & ((1 << (self._file.cluster_bits - 8)) - 1)) + 1
         return offset, sectors * 512 - (offset & 511)
 
+    def compressed_entry(self, offset: int, size: int) -> int:
+        """The L2 entry of a compressed cluster of `size` bytes at host `offset`: the sectors it touches."""
+        sectors = ((offset + size - 1) >> 9) - (offset >> 9)
+        return COMPRESSED_FLAG | sectors << 70 - self._file.cluster_bits | offset
+
     def host_clusters(self, entry: int) -> tuple[int, int]:
         """The host clusters a valid L2 entry refers to: the first and how many, 0 for none."""
         bits = self._file.cluster_bits

@@ -41,6 +41,7 @@ class Refcounts:
     __slots__ = (
         "_block_limit",
         "_blocks",
+        "_bytes_end",
         "_dirty_table",
         "_file",
         "_hint",
@@ -69,6 +70,7 @@ class Refcounts:
         self._block_limit = max(4, CACHE_BYTES >> file.cluster_bits)
         self._dirty_table: set[int] = set()
         self._hint = 0
+        self._bytes_end = 0
         self._pending: list[tuple[int, int]] = []
 
     def _block(self, index: int) -> RefcountBlock:
@@ -197,6 +199,28 @@ class Refcounts:
         self._hint = first + taken
         return first, taken, fresh
 
+    def allocate_bytes(self, size: int) -> int:
+        """Room for a compressed cluster of `size` bytes, less than a cluster: its offset in the file.
+
+        The next one goes right behind it, into the same host cluster, which then has a count for each.
+        """
+        bits = self._file.cluster_bits
+        start = self._bytes_end
+        room = -start & (self._file.cluster_size - 1)
+        shared = start >> bits
+        count = self.get(shared) if room else 0
+        if not count or count + 1 >> (1 << self._order):
+            room = 0
+        if size > room:
+            first, _, _ = self.allocate(1)
+            if not room or first != shared + 1:
+                start = first << bits
+                room = 0
+        if room:
+            self._change(shared, count + 1)
+        self._bytes_end = start + size
+        return start
+
     def allocate_adjacent(self, count: int) -> int:
         """Exactly `count` adjacent clusters at the end of the file, for a table that may span refcount
         blocks.
@@ -253,8 +277,10 @@ class Refcounts:
             raise CorruptImage(f"freeing qcow2 cluster {cluster}: it is not in use as data")
         count -= 1
         self._change(cluster, count)
-        if not count and cluster < self._hint:
-            self._hint = cluster
+        if not count:
+            self._hint = min(self._hint, cluster)
+            if cluster == self._bytes_end >> self._file.cluster_bits:
+                self._bytes_end = 0
         return count
 
     def free_later(self, first: int, count: int) -> None:

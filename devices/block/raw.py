@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from devices.block.image import SECTOR_SIZE, Image
+from devices.block.image import DATA, SECTOR_SIZE, ZEROES, Image
 from devices.block.transfer import (
     punch_hole,
     read_into,
@@ -65,6 +65,23 @@ class RawImage(Image):
             return
         if not zero_range(self._fd, offset, size):
             write_zero_bytes(self._fd, offset, size)
+
+    def extent(self, offset: int, size: int) -> tuple[int, int, int]:
+        kind = DATA
+        try:
+            start = os.lseek(self._fd, offset, os.SEEK_DATA)
+            if start > offset:
+                kind, end = ZEROES, start
+            else:
+                end = os.lseek(self._fd, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                kind, end = ZEROES, self.size  # no data from here on
+            elif error.errno == errno.EINVAL:
+                end = self.size  # a block device does not tell
+            else:
+                raise
+        return kind, offset, min(size, end - offset)
 
     def grow(self, size: int) -> None:
         self.check_growth(size)

@@ -48,6 +48,8 @@ MAX_SEGMENTS = 32
 # Requests served between two looks at whether the ring is to stop: a guest that never lets it run dry must
 # not win.
 BATCH = 128
+# Nor may it take minutes: descriptors may name the same memory again and again, up to 4 GiB for a request.
+BATCH_BYTES = 64 << 20
 
 _header = struct.Struct("<IIQ")
 _capacity = struct.Struct("<Q")
@@ -121,11 +123,15 @@ class BlkDevice:
         return -1
 
     def process(self, index: int, queue: SplitQueue) -> int:
+        moved = 0
         for _ in range(BATCH):
             chain = queue.pop()
             if chain is None:
                 return DRAINED
             queue.push(chain.head, self._serve(chain))
+            moved += chain.readable_size + chain.writable_size
+            if moved >= BATCH_BYTES:
+                break
         return MORE
 
     def release(self, index: int, queue: SplitQueue) -> None:

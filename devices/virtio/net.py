@@ -158,7 +158,8 @@ class NetDevice:
             raise ValueError("a MAC is six bytes and not a multicast address")
         if mtu is not None and not 68 <= mtu <= 65535:
             raise ValueError(f"MTU {mtu} is not in 68 to 65535")
-        os.set_blocking(tap_fd, False)
+        if os.get_blocking(tap_fd):
+            os.set_blocking(tap_fd, False)  # not allowed in a worker's sandbox, where it has been done before
         self._tap_fd = tap_fd
         self._mac = mac
         self._mtu = mtu or 0

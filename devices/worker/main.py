@@ -222,6 +222,8 @@ def serve(options: Options, complaint: Complaint) -> None:
     """Returns when the front end closed the channel and everything is flushed and closed."""
     sock = connect(options.channel)
     end_on_signal(sock)
+    if options.kind == "net":
+        os.set_blocking(options.fd, False)  # what NetDevice wants, and the sandbox no longer allows
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     os.dup2(null, 0)
     os.dup2(null, 1)

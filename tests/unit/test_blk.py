@@ -266,6 +266,15 @@ def test_a_batch_is_bounded_and_each_head_is_used_once(disk: Disk, monkeypatch: 
     assert [head for head, _, _ in disk.guest.collect()] == heads
 
 
+def test_a_batch_of_huge_requests_is_a_small_one(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ring that is to stop, for a reset or the end of the machine, is not kept waiting for minutes."""
+    monkeypatch.setattr(blk, "BATCH_BYTES", 4096)
+    for _ in range(4):
+        disk.guest.offer([header(IN, 0)], [4096, 1])
+    assert disk.device.process(0, disk.queue) == MORE
+    assert len(disk.guest.collect()) == 1
+
+
 def test_config(disk: Disk) -> None:
     config = disk.device.read_config(0, 60)
     assert struct.unpack_from("<QII", config) == (SECTORS, 0, 126)

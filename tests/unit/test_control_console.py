@@ -58,6 +58,7 @@ def test_output_goes_everywhere(hub: ConsoleHub) -> None:
     first: list[bytes] = []
     second: list[bytes] = []
     hub.write(b"a")
+    hub.flush()
     hub.attach(first.append)
     hub.write(b"b")
     hub.on_wake()

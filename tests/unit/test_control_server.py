@@ -434,6 +434,22 @@ def test_log(service: Service) -> None:
         assert read_exactly(sock, 1011)[-2:] == b"cd"
 
 
+@pytest.mark.parametrize("command", ["log", "console"])
+def test_nothing_falls_between_log_and_stream(
+    service: Service, client: MachineClient, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = service.hub.log.read
+
+    def read_and_be_overtaken() -> bytes:
+        kept = read()
+        service.hub.write(b"between")
+        return kept
+
+    monkeypatch.setattr(service.hub.log, "read", read_and_be_overtaken)
+    with client.log(follow=True) if command == "log" else client.console(replay=100) as sock:
+        assert read_exactly(sock, 7) == b"between"
+
+
 def test_a_slow_reader_loses_the_oldest_and_stops_nobody(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:

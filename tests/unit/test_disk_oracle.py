@@ -1,4 +1,4 @@
-"""`vmrun disk` against qemu-img, in both directions: what one makes the other reads, and both say the same."""
+"""`vmrun disk` against qemu-img, both ways: each reads what the other makes, and both say the same."""
 
 import json
 import os
@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 
+from devices.block.open import open_image
+from devices.block.qcow2 import Qcow2Image
+from devices.block.qcow2_create import create_qcow2
+from devices.errors import ImageError
 from vmrun import cli
+from vmrun.disk import convert
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-utils is not installed")
 
@@ -225,3 +230,45 @@ def test_resize(name: str, tmp_path: Path) -> None:
     assert_same(before, path)
     if fmt(path) == "qcow2":
         qemu_img("check", "-f", "qcow2", path)
+
+
+@pytest.mark.parametrize(
+    ("cluster_size", "refcount_bits", "version"),
+    [(512, 16, 3), (512, 1, 3), (4096, 2, 3), (65536, 1, 3), (65536, 16, 2), (2 * MIB, 4, 3)],
+)
+def test_compressed_clusters_share_host_clusters(
+    cluster_size: int, refcount_bits: int, version: int, tmp_path: Path
+) -> None:
+    """Streams of every length, some across two host clusters, as many in one as its refcount can count."""
+    path = tmp_path / "x.qcow2"
+    clusters = 64 if cluster_size < MIB else 16
+    with path.open("wb") as file:
+        create_qcow2(file.fileno(), clusters * cluster_size, cluster_size, version, refcount_bits)
+    image = open_image("qcow2", os.open(path, os.O_RDWR), False)
+    assert isinstance(image, Qcow2Image)
+    compress = convert._compressor("zlib")
+    rng = random.Random(cluster_size + refcount_bits)
+    wanted = bytearray(clusters * cluster_size)
+    order = list(range(clusters))
+    rng.shuffle(order)
+    for number in order:
+        data = rng.randbytes(rng.randrange(cluster_size)).ljust(cluster_size, b"z")
+        stream = compress(data)
+        start = number * cluster_size
+        if number % 8 == 0 or len(stream) >= cluster_size:
+            image.writev(start, [memoryview(data)])
+        else:
+            image.write_compressed(start, stream)
+        wanted[start : start + cluster_size] = data
+    with pytest.raises(ImageError):
+        image.write_compressed(0, b"x")
+    for number in order[:8]:
+        start = number * cluster_size
+        image.writev(start, [memoryview(b"over it")])
+        wanted[start : start + 7] = b"over it"
+    image.close()
+    raw = tmp_path / "wanted.raw"
+    raw.write_bytes(wanted)
+    qemu_img("check", "-f", "qcow2", path)
+    assert_same(raw, path)
+    vmrun("check", path)

@@ -61,26 +61,6 @@ def test_the_main_loop_hears_of_a_broken_ring_once() -> None:
     events.close()
 
 
-def test_work_handed_over_without_end_does_not_stop_timers() -> None:
-    loop = EventLoop()
-    count = 0
-
-    def again() -> None:
-        nonlocal count
-        count += 1
-        if count < 1000:  # as vCPU threads would: there is always more
-            loop.call_soon(again)
-
-    seen = []
-    loop.call_later(0.0, lambda: (seen.append(count), loop.stop()))
-    loop.call_soon(again)
-    try:
-        loop.run()
-    finally:
-        loop.close()
-    assert seen and seen[0] < 1000
-
-
 def test_a_descriptor_gets_its_turn_between_handed_over_work() -> None:
     loop = EventLoop()
     fd = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

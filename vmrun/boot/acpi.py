@@ -65,9 +65,9 @@ def write(memory: GuestMemory, cpus: int) -> int:
     return ACPI_START
 
 
-def build(cpus: int) -> list[tuple[int, bytes]]:
-    """All tables with the addresses they go to, ascending; the RSDP is the first."""
-    facs_address = _aligned(ACPI_START + _RSDP_SIZE, 64)
+def build(cpus: int, start: int = ACPI_START) -> list[tuple[int, bytes]]:
+    """All tables with the addresses they go to, ascending from `start`; the RSDP is the first."""
+    facs_address = _aligned(start + _RSDP_SIZE, 64)
     placed = [(facs_address, struct.pack("<4sIIIIIQB31x", b"FACS", _FACS_SIZE, 0, 0, 0, 0, 0, 2))]
     cursor = facs_address + _FACS_SIZE
 
@@ -82,7 +82,7 @@ def build(cpus: int) -> list[tuple[int, bytes]]:
     listed = [place(_fadt(facs_address, dsdt)), place(_madt(cpus)), place(_mcfg())]
     rsdt = place(_table(b"RSDT", 1, struct.pack(f"<{len(listed)}I", *listed)))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
-    return [(ACPI_START, _rsdp(rsdt, xsdt)), *placed]
+    return [(start, _rsdp(rsdt, xsdt)), *placed]
 
 
 def _aligned(address: int, alignment: int) -> int:

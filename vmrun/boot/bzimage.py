@@ -83,6 +83,8 @@ def extract_kernel(image: Image, header: SetupHeader) -> MemoryImage:
     """The ELF inside, decompressed. Its relocations, appended for KASLR, come along and are never looked
     at.
     """
+    if header.payload_length > _KERNEL_LIMIT:  # 4 GiB of a sparse file would be read before it is found bad
+        raise UserError(f"{image.name}: its payload has more than {_KERNEL_LIMIT >> 20} MiB", EXIT_IMAGE)
     payload = image.read(header.payload_offset, header.payload_length)
     method = compression(payload)
     if method is None:

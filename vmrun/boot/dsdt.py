@@ -28,6 +28,8 @@ from vmrun.machine.layout import (
     PCI_ECAM_SIZE,
     PCI_ECAM_START,
     PCI_MMIO_END,
+    PCI_MMIO_HIGH_END,
+    PCI_MMIO_HIGH_START,
     PCI_MMIO_START,
     PCI_PIO_END,
     PCI_PIO_START,
@@ -55,6 +57,7 @@ def _pci_host_bridge() -> Aml:
         io_ports(PCI_CONFIG_ADDRESS_PORT, 8),
         io_window(PCI_PIO_START, PCI_PIO_END - 1),
         memory_window(PCI_MMIO_START, PCI_MMIO_END - 1),
+        memory_window(PCI_MMIO_HIGH_START, PCI_MMIO_HIGH_END - 1),
     )
     routes = (
         package(

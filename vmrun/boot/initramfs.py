@@ -17,6 +17,10 @@ _CPIO_HEADER = 110
 _FILE_SIZE_FIELD = slice(54, 62)  # eight hexadecimal digits
 _NAME_SIZE_FIELD = slice(94, 102)
 _CHUNK = 1 << 16
+# Compressed archives behind each other: distributions have two or three. Each is unpacked from a copy of all
+# that follows it, so a file of a million tiny ones would take hours.
+_MOST_ARCHIVES = 64
+_SLACK = 1 << 20  # what compression may add to data that cannot be compressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ def unpack(image: Image, limit: int) -> Initramfs:
     Plain archives stay in `image`, which must stay open until the stream was written.
     """
     pieces: list[Piece] = []
-    size = 0
+    size = archives = 0
     if limit <= 0:  # the kernel fills the memory
         raise _does_not_fit(image, limit)
     offset = _skip_zeroes(image, 0)
@@ -58,6 +62,9 @@ def unpack(image: Image, limit: int) -> Initramfs:
             end = _end_of_cpio(image, offset)
             source, start, length = image, offset, end - offset
         elif method is not None:
+            archives += 1
+            if archives > _MOST_ARCHIVES:
+                raise UserError(f"{image.name}: more than {_MOST_ARCHIVES} compressed archives", EXIT_IMAGE)
             source, end = _decompress(image, offset, method, limit - size)
             start, length = 0, source.size
         elif pieces:
@@ -81,8 +88,10 @@ def unpack(image: Image, limit: int) -> Initramfs:
 
 def _decompress(image: Image, offset: int, method: str, limit: int) -> tuple[Image, int]:
     """The archive compressed at `offset`, and where it ends in `image`."""
+    # The file may be a hole of many TiB: no more is read than could be of use.
+    readable = min(image.size - offset, 2 * max(limit, 0) + _SLACK)
     try:
-        data, consumed = decompress(image.read(offset, image.size - offset), method, limit)
+        data, consumed = decompress(image.read(offset, readable), method, limit)
     except DataError as error:
         raise UserError(f"{image.name}: damaged {method} data: {error}", EXIT_IMAGE) from None
     except TooLargeError:

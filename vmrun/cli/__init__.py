@@ -90,7 +90,10 @@ def one_line(error: Exception) -> str:
             text = f"{os.fsdecode(error.filename)}: {text}"
     else:
         text = f"internal error: {type(error).__name__}: {error} (VMRUN_DEBUG=1 shows where)"
-    return " ".join(text.split())
+    # A hostile image chooses words in it (the name of its backing file): they do not get to steer the terminal.
+    return "".join(
+        character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(text.split())
+    )
 
 
 def _fill_standard_fds() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer import Exit as Exit
 
-from vmrun.cli import boot, console, doctor, guest, machines, print_version, worker
+from vmrun.cli import boot, console, disk, doctor, guest, machines, print_version, worker
 
 # Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
 # the base class of what is wrong with a command line.
@@ -19,7 +19,8 @@ GROUPS = {
     "Start machines": ("boot",),
     "Look at machines": ("ps", "inspect", "top", "console", "log"),
     "Control machines": ("stop", "wait", "reset", "pause", "resume"),
-    "This host": ("doctor", "guest"),
+    "Disk images": ("disk",),
+    "This host": ("doctor", "guest", "worker"),
 }
 
 
@@ -73,6 +74,7 @@ def command() -> Any:
         doctor.doctor,
     ):
         app.command(command.__name__)(command)
+    app.add_typer(disk.app(), name="disk")
     app.add_typer(guest.app(), name="guest")
     app.add_typer(worker.app(), name="worker")
     return typer.main.get_command(app)

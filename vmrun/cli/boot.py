@@ -29,7 +29,7 @@ def boot(
         list[str] | None,
         typer.Option(
             "--nic",
-            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE]",
+            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE][,rom=FILE]",
             help="A network card on TAP, made if it is not there; ip= is for the host's end. Repeatable.",
             show_default=False,
         ),
@@ -47,6 +47,17 @@ def boot(
         str | None,
         typer.Option(metavar="TEXT", help="The kernel's command line; added to the kit's when that is used."),
     ] = None,
+    firmware: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Start firmware (SeaBIOS), not a kernel. Experimental.",
+            show_default=False,
+        ),
+    ] = None,
+    legacy_virtio: Annotated[
+        bool, typer.Option("--legacy-virtio", help="Virtio devices as before virtio 1.0, for old guests.")
+    ] = False,
     mem: Annotated[str, typer.Option("--mem", metavar="SIZE", help="Memory, as in 128M or 1.5G.")] = "128M",
     cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,
     timeout: Annotated[
@@ -76,6 +87,8 @@ def boot(
         disks=tuple(options.parse_any_disk(text) for text in disk or ()),
         nics=tuple(options.parse_nic(text) for text in nic or ()),
         cdrom=cdrom,
+        firmware=firmware,
+        legacy_virtio=legacy_virtio,
         verbose=verbose,
     )
     seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None

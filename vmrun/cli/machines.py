@@ -69,7 +69,7 @@ def wait(
 ) -> int:
     """Wait until a machine has ended, and exit with its code."""
     from vmrun.cli.options import parse_duration
-    from vmrun.control.client import MachineClient, ending_of
+    from vmrun.control.client import MachineClient, MachineGone, ending_of
 
     seconds = parse_duration("--timeout", timeout) if timeout is not None else None
     try:
@@ -82,6 +82,11 @@ def wait(
     with client:
         try:
             return _tell(client.wait(seconds))
+        except MachineGone:
+            ending = ending_of(name)
+            if ending is None:
+                raise
+            return _tell(ending)
         except TimeoutError:
             raise UserError(f"machine {name} has not ended within {timeout}", EXIT_TIMEOUT) from None
 

@@ -28,6 +28,7 @@ NIC_KEYS: Keys = {
     "locked": False,
     "local": False,
     "boot": True,
+    "rom": True,
 }
 
 
@@ -100,7 +101,7 @@ def parse_disk(text: str) -> DiskConfig:
 
 
 def parse_nic(text: str) -> NicConfig:
-    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24][,bridge=br0][,mtu=9000][,locked][,local][,boot=FILE]"""
+    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24][,bridge=br0][,mtu=9000][,locked][,local][,boot=FILE][,rom=FILE]"""
     tap, keys = parse_keys("--nic", text, NIC_KEYS)
     check_interface_name(tap)
     address = keys.get("ip")
@@ -121,6 +122,7 @@ def parse_nic(text: str) -> NicConfig:
         "local" in keys,
         bridge,
         keys.get("boot", ""),
+        Path(keys["rom"]) if "rom" in keys else None,
     )
 
 

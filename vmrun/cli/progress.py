@@ -1,7 +1,7 @@
 """How far a long command is: a bar on a terminal, lines elsewhere. User side of the VMM process."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,30 @@ def progress() -> Iterator[Progress]:
         told = _Bars(bars)
         yield told
         told.finish()
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None] | None]:
+    """What to call with how much of how much is done while the context is open: a bar that goes when it is
+    over. None when stderr is no terminal.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(escape(title), total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 class _Bars:

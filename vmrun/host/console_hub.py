@@ -128,8 +128,7 @@ class ConsoleHub:
         self._typed += data
 
     def attach(self, listener: Listener) -> None:
-        """Let `listener` have all that the guest prints from now on. Main loop."""
-        self.flush()
+        """Let `listener` have all that is flushed from now on: what the log does not have yet."""
         self._listeners.append(listener)
 
     def detach(self, listener: Listener) -> None:

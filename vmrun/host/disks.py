@@ -258,12 +258,15 @@ def _open(config: DiskConfig) -> int:
 
 
 def _open_exclusive_if_block_device(path: Path, flags: int) -> int:
-    if not flags & os.O_RDWR:
-        return os.open(path, flags)
+    # Asked first, and again when it is open: the name may be an image's choice (a backing file), and opening
+    # alone does something to many device nodes: it starts a watchdog, rewinds a tape, wakes a FIFO's writer.
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"disk {path}: not a file and not a block device", EXIT_IMAGE)
     # On a block device O_EXCL (without O_CREAT) fails with EBUSY while it is mounted or part of a volume; a
     # lock alone would not know. On other files it means nothing, so asking first what it is opens no race
     # that matters.
-    if stat.S_ISBLK(os.stat(path).st_mode):
+    if flags & os.O_RDWR and stat.S_ISBLK(mode):
         flags |= os.O_EXCL
     return os.open(path, flags)
 

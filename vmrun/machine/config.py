@@ -38,7 +38,7 @@ class NicConfig:
 
     `locked`: the guest sends from its MAC only, and gets only what is for it. `local`: a link of two
     addresses with the host, which the guest learns by DHCP, with `boot_file` (at most 127 bytes) as what to
-    boot.
+    boot. `rom` is an option ROM for the firmware.
     """
 
     tap: str
@@ -49,6 +49,7 @@ class NicConfig:
     local: bool = False
     bridge: str | None = None
     boot_file: str = ""
+    rom: Path | None = None
 
     def __post_init__(self) -> None:
         if self.mtu is not None and not 68 <= self.mtu <= 65521:
@@ -66,7 +67,11 @@ class NicConfig:
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """`memory` is in bytes. `kernel` None means the guest kit's. `name` stands in messages."""
+    """`memory` is in bytes. `kernel` None means the guest kit's, unless there is `firmware`, which then looks
+    for something to boot itself. `name` stands in messages.
+
+    `legacy_virtio`: the guest sees virtio devices as they were before virtio 1.0.
+    """
 
     memory: int = 128 * MIB
     cpus: int = 1
@@ -76,6 +81,8 @@ class MachineConfig:
     disks: tuple[DiskConfig | VhostUserDisk, ...] = field(default=())
     nics: tuple[NicConfig, ...] = field(default=())
     cdrom: Path | None = None
+    firmware: Path | None = None
+    legacy_virtio: bool = False
     name: str = "vm"
     verbose: bool = False
 
@@ -84,3 +91,11 @@ class MachineConfig:
             raise UserError(f"--cpus {self.cpus}: give 1 to 64")
         if self.memory < 2 * MIB or self.memory % 4096:
             raise UserError(f"--mem: {self.memory} bytes is not a whole number of pages of at least 2 MiB")
+        if self.firmware is not None and (self.kernel or self.initrd or self.cmdline is not None):
+            raise UserError("--firmware finds what to boot itself: leave out --kernel, --initrd and --append")
+        roms = {nic.rom for nic in self.nics}
+        if roms != {None} and self.nics:
+            if self.firmware is None:
+                raise UserError("--nic rom= is an option ROM for firmware: add --firmware")
+            if len(roms - {None}) > 1:
+                raise UserError("--nic rom=: all cards are of one kind and use one ROM: give the same file")

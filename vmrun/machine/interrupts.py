@@ -41,13 +41,17 @@ class Vector:
         self._controller = controller
         self._gsi = gsi
         self._connected = False
+        self._message: tuple[int, int] | None = None  # what the route says
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def connect(self, address: int, data: int) -> None:
         controller = self._controller
         with controller.lock:
-            controller.routes[self._gsi] = msi_route(self._gsi, address, data)
-            controller.update_routes()
+            if self._message != (address, data):
+                # KVM waits for an RCU grace period here: not for each time that a guest unmasks its vector.
+                controller.routes[self._gsi] = msi_route(self._gsi, address, data)
+                controller.update_routes()
+                self._message = (address, data)
             if not self._connected:
                 controller.vm.irqfd(self.fd, self._gsi)
                 self._connected = True
@@ -59,7 +63,9 @@ class Vector:
                 self._connected = False
 
     def pending(self) -> bool:
-        return bool(select.select([self.fd], [], [], 0)[0])
+        poll = select.poll()  # select() has no place for descriptors from 1024 on
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         self.disconnect()

@@ -38,10 +38,13 @@ PCI_MMIO_START = 0xC0000000  # memory BARs
 PCI_MMIO_END = 0xE0000000
 PCI_ECAM_START = 0xE0000000  # enhanced configuration access: bus 0 only, 1 MiB
 PCI_ECAM_SIZE = 1 << 20
+PCI_MMIO_HIGH_START = PCI_ECAM_START + PCI_ECAM_SIZE  # memory BARs that firmware placed
 IOAPIC_ADDRESS = 0xFEC00000
+PCI_MMIO_HIGH_END = IOAPIC_ADDRESS
 LAPIC_ADDRESS = 0xFEE00000
 KVM_IDENTITY_MAP = 0xFFFBC000  # one page for KVM's real-mode identity map (VMX without unrestricted guest)
 KVM_TSS = 0xFFFBD000  # three pages, likewise
+FIRMWARE_MAX_SIZE = 0x40000  # up to 4 GiB, and again up to 1 MiB; KVM's pages lie below
 FOUR_GIB = 1 << 32
 
 # I/O ports.

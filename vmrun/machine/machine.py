@@ -16,8 +16,10 @@ from types import FrameType
 
 from devices.errors import ImageError
 from devices.pci.bus import PciBus
+from devices.platform import debug_console, fw_cfg
 from devices.platform.acpi_pm import AcpiPm
 from devices.platform.cmos import Cmos
+from devices.platform.debug_console import DebugConsole
 from devices.platform.debug_exit import DebugExit
 from devices.platform.i8042 import I8042
 from devices.platform.post import PostCodes
@@ -26,10 +28,13 @@ from devices.platform.uart import Uart
 from devices.scsi.medium import Medium
 from devices.vhost.frontend import VhostUserDevice
 from devices.vhost.messages import ProtocolError
+from devices.virtio.device import VIRTIO_ID_NET, VirtioDevice
 from devices.virtio.rng import VirtioRng
 from devices.virtio.scsi import ScsiDevice
-from devices.virtio.transport import VirtioPciFunction
+from devices.virtio.transport import VirtioPciFunction, virtio_identity
 from devices.virtio.vmmci import IDENTITY as VMMCI_IDENTITY
+from vmrun.boot.firmware import Firmware
+from vmrun.boot.firmware import load as load_firmware
 from vmrun.boot.loader import load
 from vmrun.errors import EXIT_IMAGE, EXIT_NO_KVM, EXIT_PANIC, EXIT_TIMEOUT, EXIT_VMM, UserError
 from vmrun.host.check import kvm_flavour
@@ -43,6 +48,7 @@ from vmrun.machine.bootplan import plan
 from vmrun.machine.clock_jump import ClockJump
 from vmrun.machine.config import DiskConfig, MachineConfig, VhostUserDisk
 from vmrun.machine.cpuid import vcpu_leaves
+from vmrun.machine.flash import Flash
 from vmrun.machine.loop import EventLoop
 from vmrun.machine.memory import Ram
 from vmrun.machine.pause import Done, Pause
@@ -97,7 +103,7 @@ class Machine:
         self.outcome: Outcome | None = None
         self._termination_asked = False
         self._software_kvm = kvm_flavour() == "pvm"
-        boot = plan(config, software_kvm=self._software_kvm)
+        boot = plan(config, software_kvm=self._software_kvm) if config.firmware is None else None
         images = [disk for disk in config.disks if isinstance(disk, DiskConfig)]
         disks = stack.enter_context(Disks(images))
         disc = _open_disc(config.cdrom, stack) if config.cdrom is not None else None
@@ -114,7 +120,14 @@ class Machine:
             workers[worker.name] = stack.enter_context(worker)
 
         self.ram = stack.enter_context(Ram(config.memory))
-        state = load(self.ram.memory, boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline, cpus=config.cpus)
+        state = self._firmware = self._flash = None
+        if boot is not None:
+            state = load(
+                self.ram.memory, boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline, cpus=config.cpus
+            )
+        elif config.firmware is not None:
+            self._firmware = self._load_firmware(config.firmware)
+            self._flash = stack.enter_context(Flash(self._firmware.image))
         self.loop = EventLoop()
         stack.callback(self.loop.close)
         kvm = stack.enter_context(_open_kvm())
@@ -125,7 +138,7 @@ class Machine:
             self.board,
             self.board.pio,
             self.board.mmio,
-            mmio_window=(layout.PCI_MMIO_START, layout.PCI_MMIO_END),
+            mmio_window=(layout.PCI_MMIO_START, layout.PCI_MMIO_HIGH_END),
             pio_window=(layout.PCI_PIO_START, layout.PCI_PIO_END),
             ecam_base=layout.PCI_ECAM_START,
         )
@@ -134,10 +147,12 @@ class Machine:
         self._plug_workers(workers, stack)
         if disc is not None:
             scsi = ScsiDevice(self.ram.memory, self.board, disc)
-            self.pci.plug(VirtioPciFunction(scsi, self.board, name="scsi"))
+            self._plug_virtio_device(scsi, "scsi")
         self._plug_virtio()
         self.vcpus = [self._create_vcpu(vm, supported, index, stack) for index in range(config.cpus)]
-        set_boot_state(self.vcpus[0].vcpu, state)
+        if state is not None:
+            set_boot_state(self.vcpus[0].vcpu, state)
+        # Otherwise the CPU stays as KVM made it: after a reset, about to fetch from the end of the flash.
         self.workers = workers
         self.pause = Pause(self.loop, self.vcpus)
 
@@ -151,10 +166,22 @@ class Machine:
             vm.create_irqchip()
             vm.create_pit()
             self.ram.plug_into(vm)
+            if self._flash is not None:
+                self._flash.plug_into(vm, len(self.ram.memory.regions))
         except BaseException:
             vm.close()
             raise
         return vm
+
+    def _load_firmware(self, path: Path) -> Firmware:
+        cards = virtio_identity(VIRTIO_ID_NET)
+        roms = {nic.rom for nic in self.config.nics if nic.rom is not None}
+        return load_firmware(
+            self.ram.memory,
+            path,
+            cpus=self.config.cpus,
+            roms=[(cards.vendor_id, cards.device_id, rom) for rom in roms],
+        )
 
     def _plug_platform(self, console: ConsoleLike) -> None:
         """The devices that are on every board, at the addresses that `layout` and the ACPI tables give
@@ -166,7 +193,13 @@ class Machine:
         pio.insert(layout.SERIAL_PORT, 8, self.uart)
         self.serial.start(self.uart)
         low = min(self.config.memory, layout.PCI_HOLE_START)
-        pio.insert(layout.CMOS_PORT, 2, Cmos(low, self.config.memory - low))
+        usable = low if self._firmware is None else self._firmware.ram_end
+        pio.insert(layout.CMOS_PORT, 2, Cmos(usable, self.config.memory - low))
+        if self._firmware is not None:
+            pio.insert(fw_cfg.SELECT_PORT, fw_cfg.PORTS, self._firmware.config)
+            if self.config.verbose:
+                log = DebugConsole(lambda line: print(f"firmware: {line}", file=sys.stderr))
+                pio.insert(debug_console.PORT, 1, log)
         keyboard = I8042(board.irq_line(1), self._guest_reset)
         pio.insert(layout.I8042_PORT, 1, keyboard.data)
         pio.insert(layout.I8042_PORT + 4, 1, keyboard.command)
@@ -183,7 +216,7 @@ class Machine:
     def _plug_virtio(self) -> None:
         """The virtio devices that are on every board and live in this process."""
         rng = VirtioRng(self.ram.memory, self.board)
-        self.pci.plug(VirtioPciFunction(rng, self.board, name="rng"))
+        self._plug_virtio_device(rng, "rng")
         self.shutdown = Shutdown(self.loop, self.acpi_pm, self._end_requested)
         vmmci = self.shutdown.vmmci
         self.shutdown.on_driver = ClockJump(self.loop, vmmci).update
@@ -208,8 +241,12 @@ class Machine:
             else:
                 device = workers[name].connect(self.ram.memory, self.board, self.loop, self.end)
                 stack.callback(workers[name].quit)
-            self.pci.plug(VirtioPciFunction(device, self.board, name=name))
+            self._plug_virtio_device(device, name)
             self.devices[name] = device
+
+    def _plug_virtio_device(self, device: VirtioDevice, name: str) -> None:
+        identity = virtio_identity(device.device_id) if self.config.legacy_virtio else None
+        self.pci.plug(VirtioPciFunction(device, self.board, name=name, identity=identity))
 
     def resize_disk(self, index: int, size: int) -> None:
         """Let disk `index` have `size` bytes, more than before; its driver is told. Waits for the disk's
@@ -273,11 +310,15 @@ class Machine:
         """Ask the guest to shut down, as `vmrun.machine.shutdown` says; `code` is for an end that must be
         forced. Any thread, and signal handlers.
         """
-        self.loop.call_soon(lambda: self.shutdown.request(code, reason))
+        self.loop.call_soon(lambda: self._ask_guest(code, reason, reboot=False))
 
     def request_reboot(self, code: int = 128 + signal.SIGTERM, reason: str = "rebooted") -> None:
         """Ask the guest to reboot, likewise. The machine ends, and its outcome says `restart`."""
-        self.loop.call_soon(lambda: self.shutdown.request(code, reason, reboot=True))
+        self.loop.call_soon(lambda: self._ask_guest(code, reason, reboot=True))
+
+    def _ask_guest(self, code: int, reason: str, *, reboot: bool) -> None:
+        self.pause.resume()  # a guest that holds still hears nothing
+        self.shutdown.request(code, reason, reboot=reboot)
 
     def end(self, code: int, reason: str, *, restart: bool = False) -> None:
         """End the machine; the first reason given stands. Any thread, and signal handlers."""

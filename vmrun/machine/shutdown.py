@@ -98,7 +98,8 @@ class Shutdown:
         """The guest shuts down by itself. It has a moment to end the machine; then that is done for it."""
 
         def wait() -> None:
-            if self._requested is None:
+            # Once: it may say so again and again, and each time would be a timer more.
+            if self._requested is None and not self.expected:
                 self.expected = True
                 self._wait(ACKNOWLEDGE_SECONDS, lambda: self._stop(0, "the guest shut down"))
 

@@ -7,6 +7,7 @@ frequent goes through ioeventfd and irqfd instead. No I/O waits here.
 import ctypes
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -67,6 +68,7 @@ class VcpuThread:
         self._helper = helper
         self._on_end = on_end
         self._stopping = False
+        self._mailbox: deque[Callable[[], None]] = deque()
         self._page = memoryview(vcpu.page)
         self._thread = threading.Thread(target=self._main, name=f"vcpu{index}")
 
@@ -83,6 +85,13 @@ class VcpuThread:
         if self._thread.ident is not None and self._thread.is_alive():
             self.vcpu.header.immediate_exit = 1
             signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Have `work` done on the vCPU's thread, soon, between two runs of the guest. No access of the
+        guest's is half done then: KVM completes it before it gives up the vCPU for a kick. Any thread.
+        """
+        self._mailbox.append(work)  # before the kick: the thread looks after it
+        self.kick()
 
     def join(self, timeout: float) -> bool:
         """Wait for the thread's end, at most `timeout` seconds; returns whether it came. Fine when never
@@ -111,6 +120,8 @@ class VcpuThread:
                 self._memory_access()
             elif reason == abi.KVM_EXIT_INTR:
                 vcpu.header.immediate_exit = 0
+                while self._mailbox:
+                    self._mailbox.popleft()()
             elif self._helper is None or not self._helper.finish(reason):
                 self._other(reason)
 

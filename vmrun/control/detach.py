@@ -1,0 +1,100 @@
+"""Starting a machine that goes on without whoever started it: `vmrun boot --detach`. The command's process
+until the fork, the VMM's after it.
+
+The process forks before it has threads or workers: threads do not survive a fork, and workers die with the
+thread that started them. A pipe tells the command what became of the machine, in one JSON line; its end
+without a line means that the VMM died.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vmrun.control import runtime
+from vmrun.errors import EXIT_VMM, UserError
+
+
+class Detached:
+    """The VMM's end of the pipe. `vmrun.control.session.Starter`."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def claimed(self, directory: runtime.RuntimeDirectory) -> None:
+        """From now on there is a place for what the VMM has to say."""
+        fd = os.open(
+            directory.path / runtime.VMM_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        os.dup2(fd, 1)
+        os.dup2(fd, 2)
+        os.close(fd)
+
+    def running(self, name: str) -> bool:
+        """Tell that the machine runs. False when nobody is there to hear it."""
+        return self.tell({"name": name})
+
+    def tell(self, message: dict[str, Any]) -> bool:
+        """The first message is the only one."""
+        if self._fd < 0:
+            return True
+        try:
+            os.write(self._fd, json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            return False
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+        return True
+
+
+def start(vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Exception], str]) -> str:
+    """Run `vmm` in a process of its own, without a terminal; returns the machine's name once it runs.
+
+    `vmm` returns an exit code and a reason. One that ends before its machine ran, or raises (what `describe`
+    makes one line of), is a UserError here, with the same code and text.
+    """
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_end)
+        _become_vmm(vmm, describe, write_end)
+    os.close(write_end)
+    # Should we be interrupted here, the machine ends as soon as it wants to tell that it runs.
+    with os.fdopen(read_end, "rb") as pipe:
+        os.waitpid(pid, 0)
+        line = pipe.readline()
+    if not line:
+        raise UserError("the machine's process died before the machine ran", EXIT_VMM)
+    message: dict[str, Any] = json.loads(line)
+    if "name" not in message:
+        raise UserError(message["reason"], message["code"])
+    name: str = message["name"]
+    return name
+
+
+def _become_vmm(
+    vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Exception], str], write_end: int
+) -> None:
+    """In the child. Never returns: the caller's `finally` clauses belong to the parent."""
+    code = EXIT_VMM
+    try:
+        os.setsid()
+        if os.fork() > 0:
+            os._exit(0)  # the VMM is nobody's child, and, not leading its session, gets no terminal ever
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for fd in range(3):
+            os.dup2(null, fd)
+        os.close(null)
+        starter = Detached(write_end)
+        try:
+            code, reason = vmm(starter)
+        except Exception as error:
+            code, reason = error.code if isinstance(error, UserError) else EXIT_VMM, describe(error)
+        starter.tell({"code": code, "reason": reason})
+        print(f"vmrun: {reason}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(code)

@@ -1,0 +1,114 @@
+"""A machine with a name: claims it, runs the machine with its control socket and console log, and starts it
+again when it is reset. VMM process.
+"""
+
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from vmrun.control import runtime
+from vmrun.control.server import ControlServer
+from vmrun.errors import EXIT_VMM, UserError
+from vmrun.host.console import Console
+from vmrun.host.console_hub import ConsoleHub
+from vmrun.host.console_log import ConsoleLog
+from vmrun.machine.config import MachineConfig
+
+if TYPE_CHECKING:
+    from vmrun.machine.machine import Machine, Outcome
+
+
+class Starter(Protocol):
+    """Whoever started a detached machine and waits until it runs."""
+
+    def claimed(self, directory: runtime.RuntimeDirectory) -> None: ...
+    def running(self, name: str) -> bool: ...
+
+
+def run(
+    config: MachineConfig,
+    *,
+    name: str | None,
+    timeout: float | None = None,
+    console: Console | None = None,
+    starter: Starter | None = None,
+) -> "Outcome":
+    """Run the machine as `name`, or as a name made up here, to its end. Raises UserError and OSError.
+
+    The guest's console is `console`, if there is one, and whoever attaches. A machine with a `starter` is
+    detached, and its logs outlive it.
+    """
+    directory = runtime.claim(name)
+    ending = (EXIT_VMM, "vmrun failed")
+    stack = ExitStack()
+    server = None
+    try:
+        if starter is not None:
+            starter.claimed(directory)
+        log = stack.enter_context(ConsoleLog(directory.path / runtime.CONSOLE_LOG))
+        hub = stack.enter_context(ConsoleHub(console, log))
+        server = ControlServer(directory, hub)
+        stack.callback(server.close)
+        config = replace(config, name=directory.name)
+        outcome = _Lives(config, hub, server, starter).run(directory, timeout)
+        ending = (outcome.code, outcome.reason)
+        return outcome
+    except UserError as error:
+        ending = (error.code, str(error))
+        raise
+    except Exception as error:
+        ending = (EXIT_VMM, str(error) or type(error).__name__)
+        raise
+    finally:
+        # The name is free before anybody is told that the machine has ended.
+        with stack:
+            code, reason = ending
+            if server is not None:
+                server.hub.flush()
+            kept = {"code": code, "reason": reason, "time": time.time()}
+            directory.release(json.dumps(kept) if starter is not None else None)
+            if server is not None:
+                server.finish(code, reason)
+
+
+class _Lives:
+    """The machine, from reset to reset."""
+
+    def __init__(
+        self, config: MachineConfig, hub: ConsoleHub, server: ControlServer, starter: Starter | None
+    ) -> None:
+        self._config = config
+        self._hub = hub
+        self._server = server
+        self._starter = starter
+
+    def run(self, directory: runtime.RuntimeDirectory, timeout: float | None) -> "Outcome":
+        from vmrun.machine.control import describe_config
+        from vmrun.machine.machine import run
+
+        (directory.path / runtime.CONFIG).write_text(json.dumps(describe_config(self._config), indent=2))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            try:
+                outcome = run(self._config, console=self._hub, timeout=timeout, attend=self._attend)
+            finally:
+                self._server.leave()
+            if not outcome.restart:
+                return outcome
+            if deadline is not None:
+                timeout = max(0.001, deadline - time.monotonic())
+
+    def _attend(self, machine: "Machine") -> None:
+        from vmrun.machine.control import MachineControl
+
+        self._server.serve(machine.loop, MachineControl(machine))
+        starter, self._starter = self._starter, None
+        if starter is not None:
+
+            def tell() -> None:
+                if not starter.running(self._config.name):
+                    machine.end(EXIT_VMM, "whoever started the machine was gone before it ran")
+
+            machine.loop.call_soon(tell)

@@ -1,0 +1,91 @@
+"""What the control socket may ask of a machine, done by `Machine`. VMM process, main loop."""
+
+import os
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from vmrun.errors import UserError
+from vmrun.machine.config import MachineConfig
+
+if TYPE_CHECKING:
+    from vmrun.machine.machine import Machine
+    from vmrun.machine.pause import Done
+
+STOPPED = 128 + 15  # the exit code of a machine that was stopped without its guest's doing
+BLOCK = 512  # what st_blocks counts, stat(2)
+
+
+class MachineControl:
+    """`vmrun.control.server.Controlled` for one life of a machine."""
+
+    def __init__(self, machine: "Machine") -> None:
+        self._machine = machine
+        self._stopping = False
+        self._started = time.time()
+
+    def status(self) -> dict[str, Any]:
+        machine, config = self._machine, self._machine.config
+        return {
+            "name": config.name,
+            "pid": os.getpid(),
+            "state": self._state(),
+            "vcpus": config.cpus,
+            "memory": config.memory,
+            # The pages of the memfd that anybody has touched.
+            "memory_used": os.fstat(machine.ram.fd).st_blocks * BLOCK,
+            "disks": len(config.disks) + (config.cdrom is not None),
+            "nics": len(config.nics),
+            "started": self._started,
+            "workers": {name: each.worker.pid for name, each in machine.workers.items()},
+        }
+
+    def inspect(self) -> dict[str, Any]:
+        machine = self._machine
+        return {
+            **self.status(),
+            "config": describe_config(machine.config),
+            "exits": [thread.exits for thread in machine.vcpus],
+            "restarts": {name: each.restarts for name, each in machine.workers.items()},
+        }
+
+    def _state(self) -> str:
+        if self._machine.pause.paused:
+            return "paused"
+        return "stopping" if self._stopping else "running"
+
+    def stop(self, force: bool) -> None:
+        """Ask the guest to shut down, or end the machine at once."""
+        self._stopping = True
+        if force:
+            self._machine.end(STOPPED, "stopped by force")
+        else:
+            self._machine.request_shutdown(STOPPED, "stopped")
+
+    def reset(self) -> None:
+        """End the machine, and have it started again with the memory and devices of a new one."""
+        self._machine.end(0, "reset", restart=True)
+
+    def pause(self, done: "Done") -> None:
+        if self._stopping:
+            raise UserError(f"{self._machine.config.name} is being stopped")
+        self._machine.quiesce(done)
+
+    def resume(self) -> None:
+        self._machine.pause.resume()
+
+
+def describe_config(config: MachineConfig) -> dict[str, Any]:
+    """The configuration as JSON has it: paths are strings, a MAC has its colons."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        if isinstance(value, bytes):
+            return value.hex(":")
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    described: dict[str, Any] = plain(asdict(config))
+    return described
