@@ -423,8 +423,8 @@ class VhostUserDevice:
                 os.eventfd_read(fd)
             except BlockingIOError:
                 return
-            # Once says all until the driver resets the device. A worker that was taken over would write without
-            # end, and the main loop would do little else.
+            # Once says all until the driver resets the device. A worker that was taken over would write
+            # without end, and the main loop would do little else.
             del self._err_fds[index]
         self._board.unwatch(fd)
         os.close(fd)

@@ -107,8 +107,8 @@ ALLOWED = (
     Allow("getsockname", 51, "CPython learns the family of the socket SET_BACKEND_REQ_FD brought"),
     Allow("getsockopt", 55, "and its type and protocol", Condition(1, (SOL_SOCKET,))),
     Allow("close", 3, "descriptors the front end sent or replaced"),
-    # Not F_SETFL, nor the ioctl FIONBIO: kick, call and err eventfds are the VMM's own open files, and one that
-    # lost O_NONBLOCK would stop its main loop for ever.
+    # Not F_SETFL, nor the ioctl FIONBIO: kick, call and err eventfds are the VMM's own open files, and one
+    # that lost O_NONBLOCK would stop its main loop for ever.
     Allow(
         "fcntl",
         72,

@@ -93,6 +93,13 @@ def test_what_is_no_disk_is_not_opened(
     assert path not in opened
 
 
+@pytest.mark.parametrize("name", ["/proc/self/mem", "/proc/self/environ", "/sys/kernel/notes"])
+def test_the_kernels_files_are_no_disks(name: str) -> None:
+    """As a backing file the first would give a worker the memory of the VMM."""
+    with pytest.raises(UserError, match="the kernel's"):
+        Disks([DiskConfig(Path(name), "raw", read_only=True)])
+
+
 @pytest.mark.parametrize("hostile", ["\x1b]0;x\x07", "\x9b2J", "\u202e", "\x7f"])
 def test_no_text_of_an_image_steers_the_terminal(hostile: str) -> None:
     line = one_line(UserError(f"disk x: its backing file a{hostile}b: no such file"))

@@ -1,8 +1,12 @@
-"""Things that a guest or a worker does again and again, to keep the VMM's main loop busy or to fill its memory."""
+"""What a guest or a worker does again and again, to keep the VMM's main loop busy or to fill its memory."""
 
 import os
 import socket
+import threading
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from devices.platform.acpi_pm import AcpiPm
 from devices.vhost.frontend import VhostUserDevice
@@ -10,6 +14,7 @@ from devices.virtio.device import VIRTIO_ID_BLOCK
 from devices.virtio.vmmci import VMMCI_SHUTDOWN
 from tests.unit.vhost_toy import (
     CONFIG,
+    MIB,
     TOY_FEATURES,
     ToyBoard,
     ToyDevice,
@@ -20,6 +25,8 @@ from tests.unit.vhost_toy import (
 )
 from vmrun.machine.interrupts import Interrupts
 from vmrun.machine.loop import EventLoop
+from vmrun.machine.machine import Machine
+from vmrun.machine.memory import Ram
 from vmrun.machine.shutdown import Shutdown
 
 
@@ -112,6 +119,14 @@ def test_a_guest_that_announces_its_shutdown_again_and_again_adds_no_timers() ->
     assert len(timers) == 1
 
 
+def test_a_worker_cannot_cut_guest_memory_from_under_the_vmm() -> None:
+    """Every worker has the descriptor; a touch of a page past the end of the file is SIGBUS."""
+    with Ram(MIB) as ram:
+        for size in (0, MIB - 4096, 2 * MIB):
+            with pytest.raises(PermissionError):
+                os.ftruncate(ram.fd, size)
+
+
 class CountingVm:
     def __init__(self) -> None:
         self.tables = 0
@@ -122,6 +137,30 @@ class CountingVm:
 
     def irqfd(self, fd: int, gsi: int, *, assign: bool = True) -> None:
         self.bound.append(assign)
+
+
+def test_a_vcpu_that_waits_for_a_worker_does_not_hold_up_the_end() -> None:
+    """A guest resets its disk while large requests are under way, or the worker was taken over."""
+    answered = threading.Event()
+
+    class Stuck:
+        index = 0
+
+        def stop(self) -> None: ...
+
+        def join(self, timeout: float) -> bool:
+            return answered.is_set()
+
+    machine: Any = SimpleNamespace(
+        pause=SimpleNamespace(release=lambda: None),
+        vcpus=[Stuck()],
+        devices={"blk0": SimpleNamespace(close=answered.set)},
+    )
+    Machine._stop_vcpus(machine)
+    machine.devices = {}
+    answered.clear()
+    with pytest.raises(OSError, match="does not stop"):
+        Machine._stop_vcpus(machine)
 
 
 def test_masking_and_unmasking_a_vector_does_not_replace_the_routing_table() -> None:

@@ -81,6 +81,7 @@ attempt("link", lambda: os.link("/a", "/b"))
 attempt("prctl", lambda: call(157, 4, 1))
 attempt("seccomp", lambda: call(317, 1, 0, 0))
 attempt("prlimit", lambda: call(302, os.getppid(), 7, 0, 0))
+attempt("blocking", lambda: os.set_blocking(os.eventfd(0, os.EFD_NONBLOCK), True))
 attempt("tty", lambda: os.isatty(1))
 """
 
@@ -103,6 +104,7 @@ def test_what_an_intruder_tries_fails() -> None:
             "prctl",
             "seccomp",
             "prlimit",
+            "blocking",
         ),
         "EPERM",
     )

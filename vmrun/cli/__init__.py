@@ -90,10 +90,9 @@ def one_line(error: Exception) -> str:
             text = f"{os.fsdecode(error.filename)}: {text}"
     else:
         text = f"internal error: {type(error).__name__}: {error} (VMRUN_DEBUG=1 shows where)"
-    # A hostile image chooses words in it (the name of its backing file): they do not get to steer the terminal.
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1] for character in " ".join(text.split())
-    )
+    text = " ".join(text.split())
+    # A hostile image chooses words in it (the name of its backing file): they do not steer the terminal.
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _fill_standard_fds() -> None:

@@ -155,8 +155,8 @@ def _print_check(path: Path, checked: "Checked") -> None:
     if checked.dirty:
         wrong = report.corruptions + report.leaks
         print(
-            f"{path}: was not closed; {wrong} refcounts are wrong: --repair leaks puts them right, and so does "
-            "opening it for writing"
+            f"{path}: was not closed; {wrong} refcounts are wrong: --repair leaks puts them right, "
+            "and so does opening it for writing"
         )
     elif report.corruptions:
         print(f"{path}: corrupt in {report.corruptions} places; qemu-img check -r all may repair it")

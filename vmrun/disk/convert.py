@@ -21,7 +21,7 @@ from vmrun.machine.config import DiskConfig
 CHUNK = 2 << 20  # read at once; a multiple of every granularity
 RAW_GRANULARITY = 4096  # zeroes of fewer bytes in a raw file save nothing
 COMPRESSIONS = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
-# QEMU inflates with a window of 4 KiB: a stream made with a larger one is damaged to it.
+# The window of 4 KiB that QEMU deflates and inflates with: a reader may count on no larger one being needed.
 QEMU_WINDOW_BITS = 12
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -239,7 +239,10 @@ def _open(config: DiskConfig) -> int:
     fd = -1
     try:
         fd = _open_exclusive_if_block_device(path, flags)
-        mode = os.fstat(fd).st_mode
+        status = os.fstat(fd)
+        mode = status.st_mode
+        if status.st_dev in _kernel_file_systems():
+            raise UserError(f"disk {path}: not a file of a disk but the kernel's", EXIT_IMAGE)
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
@@ -255,6 +258,13 @@ def _open(config: DiskConfig) -> int:
             raise _open_error(config, error) from None
         raise
     return fd
+
+
+def _kernel_file_systems() -> set[int]:
+    """The device numbers of /proc and /sys. Their files pass for regular ones, and an image may call one its
+    backing file: /proc/self/mem would hand a worker the memory of the VMM.
+    """
+    return {os.stat(path).st_dev for path in ("/proc", "/sys") if os.path.ismount(path)}
 
 
 def _open_exclusive_if_block_device(path: Path, flags: int) -> int:

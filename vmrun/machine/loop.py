@@ -105,8 +105,9 @@ class EventLoop:
                 writer = self._writers.get(fd)
                 if writer is not None and events & ~select.EPOLLIN:
                     writer()
-            # Only what is there now. What comes meanwhile has signalled the wake-up descriptor too, and a guest
-            # that makes vCPU threads hand over work without end must not keep timers and descriptors waiting.
+            # Only what is there now. What comes meanwhile has signalled the wake-up descriptor too, and a
+            # guest that makes vCPU threads hand over work without end does not keep timers and descriptors
+            # waiting.
             for _ in range(len(self._soon)):
                 self._soon.popleft()()
 

@@ -303,6 +303,12 @@ class Machine:
         for thread in self.vcpus:
             thread.stop()
         for thread in self.vcpus:
+            if thread.join(STOP_SECONDS):
+                continue
+            # It waits for a worker, which a reset does until the requests under way are finished; one that
+            # was taken over never answers. Without their channels workers finish, flush and end as well.
+            for device in self.devices.values():
+                device.close()
             if not thread.join(STOP_SECONDS):
                 raise OSError(f"vCPU thread {thread.index} does not stop")
 

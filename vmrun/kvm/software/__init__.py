@@ -8,7 +8,6 @@ used on a KVM with VMX/SVM.
     cpu        one object per vCPU: takes the exits, decides, resumes
     decode     enough of the instruction format to find an operand in memory
     paging     linear to guest-physical addresses, with the rights a processor would check
-    protected  IRET in 32-bit protected mode, for boot loaders and network boot ROMs
     xsave      XSAVE and XRSTOR over KVM_GET_XSAVE and KVM_SET_XSAVE
     features   the CPUID leaves to show such a guest, and why
 """

@@ -27,7 +27,6 @@ from vmrun.kvm.software.paging import (
     PageFault,
     PhysicalView,
 )
-from vmrun.kvm.software.protected import IRET, interrupt_return
 from vmrun.kvm.software.xsave import MalformedArea, area_size, restore, save
 from vmrun.kvm.vcpu import Vcpu
 from vmrun.kvm.vm import Vm
@@ -260,7 +259,7 @@ class SoftwareCpu:
             self._raise(UD_VECTOR)
             return True
         if not sregs.cs.l:
-            return self._interrupt_return()
+            return False
         try:
             instruction = Instruction(self._instruction_bytes())
             perform = self._instructions.get(instruction.opcode)
@@ -278,16 +277,6 @@ class SoftwareCpu:
             self._raise(fault.vector, fault.error_code)
             return True
         self._count(f"{instruction.opcode:x}/{instruction.reg}")
-        return True
-
-    def _interrupt_return(self) -> bool:
-        failure, sync = self._vcpu.emulation_failure, self._vcpu.sync
-        if failure.insn_size == 0 or failure.insn_bytes[0] != IRET:
-            return False
-        if not interrupt_return(sync.regs, sync.sregs, self._view):
-            return False
-        self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
-        self._count("iret")
         return True
 
     def _instruction_bytes(self) -> bytes:
