@@ -16,6 +16,7 @@ _SELECT, _DATA = 0, 1
 # Items, by the numbers that the specification and QEMU's include/standard-headers/linux/qemu_fw_cfg.h give.
 SIGNATURE = 0x00
 ID = 0x01
+NB_CPUS = 0x05
 MAX_CPUS = 0x0F
 FILE_DIRECTORY = 0x19
 FIRST_FILE = 0x20

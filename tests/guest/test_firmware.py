@@ -1,23 +1,25 @@
-"""Other people's drivers of our virtio devices: SeaBIOS boots from disk and from CD, through the legacy layout
-and through the modern one, and iPXE from the network.
+"""Other people's drivers of our virtio devices: SeaBIOS boots from disk and CD, and iPXE from the network,
+through the legacy layout and through the modern one.
 
-What they boot is firmware/boot.S, which reads itself back by INT 13h and says what it found on the serial port.
+What they boot is firmware/boot.S, which reads itself back by INT 13h and reports on the serial port.
 """
 
 import os
 import socket
 import struct
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import boot
-from vmrun.host.check import kvm_flavour
+from tests.guest.conftest import REPOSITORY, boot
 from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
+from vmrun.host.check import kvm_flavour
 
 SEABIOS = Path("/usr/share/seabios/bios.bin")
 SEABIOS_256K = SEABIOS.with_name("bios-256k.bin")
@@ -47,7 +49,8 @@ def checks(console: str) -> list[str]:
 
 
 def checksum(program: bytes) -> int:
-    return sum(struct.unpack(f"<{(LENGTH - SUMMED) // 4}I", program[SUMMED:])) & 0xFFFFFFFF
+    total: int = sum(struct.unpack(f"<{(LENGTH - SUMMED) // 4}I", program[SUMMED:]))
+    return total & 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,17 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("firmware")
     code, binary = folder / "boot.o", folder / "boot.bin"
     subprocess.run(["as", "--32", "-o", code, SOURCE], check=True)
-    link = ["ld", "-m", "elf_i386", f"-Ttext={LOAD_ADDRESS:#x}", "--oformat", "binary", "-o", binary, code]
+    link: list[str | Path] = [
+        "ld",
+        "-m",
+        "elf_i386",
+        f"-Ttext={LOAD_ADDRESS:#x}",
+        "--oformat",
+        "binary",
+        "-o",
+        binary,
+        code,
+    ]
     subprocess.run(link, check=True)
     data = binary.read_bytes()
     return data + os.urandom(LENGTH - len(data))
@@ -108,6 +121,12 @@ def test_operating_systems_find_our_acpi_tables(disk: Path) -> None:
     assert found[:2] == ["RSDP", "at"] and found[3:5] == ["RSDT", "at"], result.console
     assert 0xF0000 <= int(found[2], 16) < 1 << 20
     assert (64 << 20) - (64 << 10) <= int(found[5], 16) < 64 << 20
+
+
+def test_seabios_starts_all_cpus(disk: Path) -> None:
+    result = boot("--firmware", SEABIOS, "--disk", disk, "--cpus", "2", "--verbose", timeout=TIMEOUT)
+    assert "Found 2 cpu(s) max supported 2 cpu(s)" in result.stderr
+    assert checks(result.console)[-1] == "end"
 
 
 @LAYOUTS
@@ -204,6 +223,41 @@ def test_ipxe_boots_from_the_network(program: bytes, options: tuple[str, ...]) -
     said = checks(result.console)
     assert (said[0], said[-1]) == ("started", "end"), result.console
     assert result.code == 0, result.stderr
+
+
+@pytest.mark.root
+@pytest.mark.timeout(200)
+@pytest.mark.usefixtures("network_namespace")
+@pytest.mark.parametrize("layout", ["disable-modern=off", "disable-modern=on"], ids=["modern", "legacy"])
+def test_ipxe_boots_from_our_network_worker_in_qemu(program: bytes, tmp_path: Path, layout: str) -> None:
+    """iPXE's driver and network stack with our rings, DHCP answer and tap, on a CPU that runs it: TCG."""
+    path = tmp_path / "net.sock"
+    mac = "52:54:00:12:34:56"
+    worker = [sys.executable, "-m", "vmrun", "worker", "net", "--socket", str(path)]
+    qemu = ["qemu-system-x86_64", "-accel", "tcg", "-m", "128", "-nographic", "-no-reboot"]
+    qemu += ["-M", "pc,memory-backend=ram", "-object", "memory-backend-memfd,id=ram,size=128M,share=on"]
+    qemu += ["-chardev", f"socket,id=worker,path={path}", "-netdev", "vhost-user,id=net,chardev=worker"]
+    qemu += ["-device", f"virtio-net-pci,netdev=net,mac={mac},bootindex=1,{layout}"]
+    qemu += ["-device", "isa-debug-exit,iobase=0x501,iosize=1"]
+    nic = f"tap0,local,locked,mac={mac},boot=boot.bin"
+    with (
+        tftp_server({"boot.bin": program}) as asked,
+        subprocess.Popen([*worker, "--nic", nic], cwd=REPOSITORY) as serving,
+    ):
+        try:
+            while not path.exists():
+                assert serving.poll() is None
+                time.sleep(0.05)
+            ended = subprocess.run(
+                qemu, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=150
+            )
+        finally:
+            serving.terminate()
+    assert "net0: 100.64.1.3/255.255.255.254 gw 100.64.1.2" in ended.stdout, ended.stderr + ended.stdout
+    assert asked and set(asked) == {"boot.bin"}
+    said = checks(ended.stdout)
+    assert (said[0], said[-1]) == ("started", "end"), ended.stdout
+    assert ended.returncode == 1  # isa-debug-exit makes 2n + 1 of n
 
 
 @pytest.mark.parametrize(

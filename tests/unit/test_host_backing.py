@@ -42,7 +42,23 @@ def qcow2(
 
 
 def config(path: Path, read_only: bool = False) -> DiskConfig:
-    return DiskConfig(path, "qcow2" if path.suffix == ".qcow2" else "raw", read_only)
+    return DiskConfig(path, "qcow2" if path.suffix == ".qcow2" else "raw", read_only, backing=Path("/"))
+
+
+def test_a_backing_file_elsewhere_must_be_allowed(tmp_path: Path) -> None:
+    """The name may be a hostile image's, or that of a worker that a guest took over."""
+    elsewhere, here = tmp_path / "elsewhere", tmp_path / "here"
+    elsewhere.mkdir()
+    here.mkdir()
+    base = qcow2(elsewhere / "base.qcow2")
+    top = qcow2(here / "top.qcow2", str(base))
+    (here / "link.qcow2").symlink_to(base)
+    through_link = qcow2(here / "through.qcow2", "link.qcow2")
+    above = qcow2(here / "above.qcow2", "../elsewhere/base.qcow2")
+    for path in (top, through_link, above):
+        assert f"backing={base.parent}" in refusal(DiskConfig(path, "qcow2"))
+        with Disks([DiskConfig(path, "qcow2", backing=elsewhere)]) as disks:
+            assert len(list(disks)) == 1
 
 
 def refusal(*configs: DiskConfig) -> str:

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from devices.memory import GuestMemory
 from devices.platform.debug_console import LINE_SIZE, DebugConsole
-from devices.platform.fw_cfg import FILE_DIRECTORY, FIRST_FILE, ID, MAX_CPUS, NAME_SIZE, SIGNATURE, FwCfg
+from devices.platform.fw_cfg import (
+    FILE_DIRECTORY,
+    FIRST_FILE,
+    ID,
+    MAX_CPUS,
+    NAME_SIZE,
+    NB_CPUS,
+    SIGNATURE,
+    FwCfg,
+)
 from vmrun.boot import firmware
 from vmrun.boot.e820 import E820_RAM, E820_RESERVED
 from vmrun.errors import EXIT_IMAGE, UserError
@@ -96,7 +105,7 @@ def test_load(image: Path, tmp_path: Path) -> None:
         assert ram.memory.read(HIGH_RAM_START - len(loaded.image), len(loaded.image)) == loaded.image
         assert loaded.ram_end == 64 * MIB - 64 * 1024
         files = read_files(loaded.config)
-        assert files["etc/boot-cpus"] == b"\x03\x00"
+        assert [read_item(loaded.config, number, 2) for number in (NB_CPUS, MAX_CPUS)] == [b"\x03\0"] * 2
         assert files["pci1af4,1000.rom"] == ROM
         rsdp = files["etc/acpi/rsdp"]
         assert rsdp[:8] == b"RSD PTR " and sum(rsdp) & 0xFF == 0

@@ -164,6 +164,14 @@ def test_system_call(guest: Guest) -> None:
     assert guest.exception is None
 
 
+def test_system_call_does_not_deliver_an_old_interrupt(guest: Guest) -> None:
+    """KVM leaves a bit here when an exit cancels an interrupt, and delivers what is set with SREGS."""
+    guest.write_lstar(LSTAR)
+    guest.sregs.interrupt_bitmap[3] = 1 << 44
+    guest.reach_handler(FETCH_FAULT, LSTAR, USER_CS, 0x10002, 0x7FFF_0000_1000, 0x2B)
+    assert not any(guest.sregs.interrupt_bitmap)
+
+
 def test_system_call_keeps_only_flags_that_programs_own(guest: Guest) -> None:
     guest.write_lstar(LSTAR)
     guest.regs.r11 = (1 << 64) - 1

@@ -29,7 +29,7 @@ _ROM_SIGNATURE = b"\x55\xaa"
 _ROM_MAX_SIZE = 128 * _KIB  # there is room for no more below the firmware
 _ROM_BLOCK = 512
 
-# A command of the table loader (QEMU's hw/acpi/bios-linker-loader.c): load a file into the firmware's segment.
+# A command of the table loader (QEMU's hw/acpi/bios-linker-loader.c): load a file into the F segment.
 _ALLOCATE = struct.Struct("<I56sIB63x")
 _COMMAND_ALLOCATE = 1
 _ZONE_FSEG = 2  # 0xF0000 to 1 MiB
@@ -59,7 +59,6 @@ def load(memory: GuestMemory, path: Path, *, cpus: int, roms: Iterable[tuple[int
     for address, table in tables:
         memory.write(address, table)
     files = {
-        "etc/boot-cpus": struct.pack("<H", cpus),
         "etc/e820": _e820(memory, ram_end, low),
         # Its screen and its keyboard are the serial port: there is no VGA.
         "etc/sercon-port": struct.pack("<Q", SERIAL_PORT),
@@ -68,7 +67,8 @@ def load(memory: GuestMemory, path: Path, *, cpus: int, roms: Iterable[tuple[int
     }
     for vendor, device, rom in roms:
         files[f"pci{vendor:04x},{device:04x}.rom"] = _read_rom(rom)
-    return Firmware(image, ram_end, fw_cfg.FwCfg(files, {fw_cfg.MAX_CPUS: struct.pack("<H", cpus)}))
+    items = dict.fromkeys((fw_cfg.NB_CPUS, fw_cfg.MAX_CPUS), struct.pack("<H", cpus))
+    return Firmware(image, ram_end, fw_cfg.FwCfg(files, items))
 
 
 def _read_firmware(path: Path) -> bytes:

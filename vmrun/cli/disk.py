@@ -195,7 +195,7 @@ def convert(
     from vmrun.disk.files import image_format
     from vmrun.machine.config import DiskConfig
 
-    config = DiskConfig(source, image_format(source, fmt), read_only=True)
+    config = DiskConfig(source, image_format(source, fmt), read_only=True, backing=Path("/"))
     if compress and compression is None:
         compression = "zlib"
     with bar(f"converting {source.name}") as progress:

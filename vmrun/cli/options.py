@@ -19,7 +19,7 @@ SERIAL_SIZE = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6
 
 # The keys of an option: whether each takes a value.
 Keys = dict[str, bool]
-DISK_KEYS: Keys = {"ro": False, "format": True, "serial": True}
+DISK_KEYS: Keys = {"ro": False, "format": True, "serial": True, "backing": True}
 NIC_KEYS: Keys = {
     "mac": True,
     "ip": True,
@@ -90,14 +90,17 @@ def parse_any_disk(text: str) -> DiskConfig | VhostUserDisk:
 
 
 def parse_disk(text: str) -> DiskConfig:
-    """PATH[,ro][,format=raw|qcow2][,serial=TEXT]"""
+    """PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]"""
     path, keys = parse_keys("--disk", text, DISK_KEYS)
     if not path:
         raise UserError(f"--disk {text!r}: give the path of a disk image, as in --disk x.qcow2,ro")
     serial = keys.get("serial", "")
     if len(serial) > SERIAL_SIZE or not serial.isascii() or not serial.isprintable():
         raise UserError(f"--disk {text}: serial is at most {SERIAL_SIZE} printable ASCII characters")
-    return DiskConfig(Path(path), disk_format(Path(path), keys.get("format")), "ro" in keys, serial)
+    backing = Path(keys["backing"]) if "backing" in keys else None
+    if backing is not None and not backing.is_dir():
+        raise UserError(f"--disk {text}: backing={backing}: give the directory that its backing files are in")
+    return DiskConfig(Path(path), disk_format(Path(path), keys.get("format")), "ro" in keys, serial, backing)
 
 
 def parse_nic(text: str) -> NicConfig:

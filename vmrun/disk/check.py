@@ -17,6 +17,7 @@ from devices.errors import ImageError
 from vmrun.disk.convert import Progress
 from vmrun.disk.files import image_errors, image_format, open_file, open_images
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.host.backing import ANYWHERE
 from vmrun.host.disks import MachineDisk, OpenDisk
 from vmrun.machine.config import DiskConfig
 
@@ -93,7 +94,7 @@ def _repair(path: Path, fmt: str | None) -> None:
     """Say in the header that the refcounts are not to be trusted, then open the image as one that was not
     closed: that makes them again from the tables, and may be interrupted at any time.
     """
-    disk = MachineDisk(DiskConfig(path, image_format(path, fmt)))
+    disk = MachineDisk(DiskConfig(path, image_format(path, fmt), backing=ANYWHERE))
     try:
         with image_errors(path):
             header = Header(disk.fd)

@@ -12,7 +12,7 @@ from devices.block.qcow2 import Qcow2Image
 from vmrun.disk.convert import CHUNK, Progress
 from vmrun.disk.files import open_file, open_images
 from vmrun.errors import EXIT_IMAGE, UserError
-from vmrun.host.backing import backing_config
+from vmrun.host.backing import ANYWHERE, backing_config
 from vmrun.host.disks import DiskBusyError, MachineDisk, OpenDisk
 from vmrun.machine.config import DiskConfig
 
@@ -22,10 +22,10 @@ def commit(path: Path, fmt: str | None = None, progress: Progress | None = None)
     backing file's path. A backing file that is smaller grows to the overlay's size.
     """
     with open_file(path, fmt, write=True) as overlay:
-        config = backing_config(path, overlay.header) if overlay.header is not None else None
+        config = backing_config(path, overlay.header, ANYWHERE) if overlay.header is not None else None
         if config is None:
             raise UserError(f"disk {path}: has no backing file to commit to", EXIT_IMAGE)
-        base = _open_base(DiskConfig(config.path, config.format), overlay)
+        base = _open_base(DiskConfig(config.path, config.format, backing=ANYWHERE), overlay)
         try:
             with open_images([overlay, base, *base.backing]) as image:
                 if isinstance(image, Qcow2Image) and image.backing is not None:

@@ -9,7 +9,7 @@ from devices.block.qcow2_header import COMPRESSION_ZLIB
 from vmrun.disk.files import image_errors, image_format, open_chain
 from vmrun.disk.output import new_file
 from vmrun.errors import EXIT_IMAGE, UserError
-from vmrun.host.backing import MAX_BACKING_FILES
+from vmrun.host.backing import ANYWHERE, MAX_BACKING_FILES
 from vmrun.machine.config import DiskConfig
 
 DEFAULT_CLUSTER_SIZE = 65536
@@ -74,7 +74,7 @@ def _look_at_base(path: Path, base: str, base_format: str | None) -> tuple[int, 
             EXIT_IMAGE,
         )
     base_format = image_format(where, base_format, "--backing-format")
-    with open_chain(DiskConfig(where, base_format, read_only=True)) as (disk, image):
+    with open_chain(DiskConfig(where, base_format, read_only=True, backing=ANYWHERE)) as (disk, image):
         if len(disk.backing) >= MAX_BACKING_FILES:
             raise UserError(
                 f"--backing {base}: has {len(disk.backing)} backing files below it already", EXIT_IMAGE

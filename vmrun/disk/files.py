@@ -9,7 +9,7 @@ from devices.block.image import Image
 from devices.block.open import open_image
 from devices.errors import ImageError
 from vmrun.errors import EXIT_IMAGE, UserError
-from vmrun.host.backing import FORMATS
+from vmrun.host.backing import ANYWHERE, FORMATS
 from vmrun.host.disks import SUFFIXES, MachineDisk, OpenDisk
 from vmrun.machine.config import DiskConfig
 
@@ -42,7 +42,7 @@ def image_errors(path: Path) -> Iterator[None]:
 @contextmanager
 def open_file(path: Path, stated: str | None = None, write: bool = False) -> Iterator[OpenDisk]:
     """The file alone: for what needs nothing but its own metadata."""
-    disk = OpenDisk(DiskConfig(path, image_format(path, stated), read_only=not write))
+    disk = OpenDisk(DiskConfig(path, image_format(path, stated), read_only=not write, backing=ANYWHERE))
     try:
         with image_errors(path):
             yield disk

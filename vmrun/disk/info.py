@@ -16,6 +16,7 @@ from devices.block.qcow2_header import (
 )
 from devices.block.raw import RawImage
 from vmrun.disk.files import image_format, open_file
+from vmrun.host.backing import ANYWHERE
 from vmrun.host.disks import MachineDisk, OpenDisk
 from vmrun.machine.config import DiskConfig
 
@@ -28,7 +29,7 @@ def info(path: Path, fmt: str | None = None) -> dict[str, Any]:
 
 def chain_info(path: Path, fmt: str | None = None) -> list[dict[str, Any]]:
     """About the image and all its backing files, nearest first."""
-    disk = MachineDisk(DiskConfig(path, image_format(path, fmt), read_only=True))
+    disk = MachineDisk(DiskConfig(path, image_format(path, fmt), read_only=True, backing=ANYWHERE))
     try:
         return [_describe(file) for file in (disk, *disk.backing)]
     finally:

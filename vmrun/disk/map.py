@@ -7,6 +7,7 @@ from typing import Any
 from devices.block.extents import extents
 from devices.block.image import ABSENT
 from vmrun.disk.files import image_format, open_chain
+from vmrun.host.backing import ANYWHERE
 from vmrun.machine.config import DiskConfig
 
 
@@ -15,7 +16,7 @@ def disk_map(path: Path, fmt: str | None = None) -> Iterator[dict[str, Any]]:
 
     `filename` is the file `offset` is in. Only metadata are read.
     """
-    config = DiskConfig(path, image_format(path, fmt), read_only=True)
+    config = DiskConfig(path, image_format(path, fmt), read_only=True, backing=ANYWHERE)
     with open_chain(config) as (disk, image):
         files = [disk, *disk.backing]
         for extent in extents(image):

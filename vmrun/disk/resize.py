@@ -7,6 +7,7 @@ from pathlib import Path
 from vmrun.disk.create import check_size
 from vmrun.disk.files import image_format, open_chain
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.host.backing import ANYWHERE
 from vmrun.machine.config import DiskConfig
 
 
@@ -14,7 +15,7 @@ def resize(path: Path, size: int, relative: bool = False, fmt: str | None = None
     """Make the disk at `path` `size` bytes, or with `relative` so many more, and return its new size. What is
     new reads as zeroes.
     """
-    with open_chain(DiskConfig(path, image_format(path, fmt))) as (disk, image):
+    with open_chain(DiskConfig(path, image_format(path, fmt), backing=ANYWHERE)) as (disk, image):
         size += image.size if relative else 0
         check_size(path, size)
         if size < image.size:

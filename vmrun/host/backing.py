@@ -1,8 +1,9 @@
 """What lies below a qcow2 image: the backing file its header names, as a disk to open. VMM process.
 
-The name is the image's, and whoever made the image chose it: opening a disk image means reading every file
-its headers name, with the rights of the user. So nothing is guessed: a name is a plain path, and the format
-is stated.
+The name is the image's, and whoever made the image chose it, or whoever broke out into the worker that writes
+it: a guest could read any file of ours through it. So it is followed only into the directory that the user
+allows, the disk's own if nothing else is said; and nothing is guessed: a name is a plain path, and the format is
+stated.
 """
 
 import os
@@ -13,11 +14,14 @@ from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.machine.config import DiskConfig
 
 FORMATS = ("raw", "qcow2")
+ANYWHERE = Path("/")  # for a user who names the image and what is to be done with it, as with qemu-img
 MAX_BACKING_FILES = 16  # below one disk: each is a descriptor in the worker and a level of its recursion
 
 
-def backing_config(path: Path, header: Header) -> DiskConfig | None:
+def backing_config(path: Path, header: Header, allowed: Path) -> DiskConfig | None:
     """The backing file of the qcow2 image at `path`, if it has one. UserError for one that is not followed.
+
+    It must lie in the directory `allowed` or below, symbolic links resolved.
 
     A relative name is relative to the directory of `path`, as in QEMU: of a symbolic link the link's own.
     """
@@ -43,4 +47,12 @@ def backing_config(path: Path, header: Header) -> DiskConfig | None:
             f"{where} has the format {header.backing_format!r}: only {' and '.join(FORMATS)} are known",
             EXIT_IMAGE,
         )
-    return DiskConfig(Path(os.path.join(path.parent, name)), header.backing_format, read_only=True)
+    backing = Path(os.path.join(path.parent, name))
+    resolved = backing.resolve()
+    if not resolved.is_relative_to(allowed.resolve()):
+        raise UserError(
+            f"{where} is not in {allowed}: if you trust the image, allow it with "
+            f"--disk {path},backing={resolved.parent}",
+            EXIT_IMAGE,
+        )
+    return DiskConfig(backing, header.backing_format, read_only=True)

@@ -103,7 +103,8 @@ class MachineDisk(OpenDisk):
 
     def _open_backing_files(self) -> None:
         disk: OpenDisk = self
-        while disk.header is not None and (config := backing_config(disk.config.path, disk.header)):
+        allowed = self.config.backing if self.config.backing is not None else self.config.path.parent
+        while disk.header is not None and (config := backing_config(disk.config.path, disk.header, allowed)):
             where = f"disk {disk.config.path}: its backing file {config.path}"
             if len(self.backing) == MAX_BACKING_FILES:
                 raise UserError(
