@@ -142,6 +142,14 @@ def test_seabios_boots_from_a_disc(program: bytes, disc: Path, options: tuple[st
     assert "found virtio-scsi" in result.stderr
 
 
+def test_disks_come_before_discs(disk: Path, disc: Path, tmp_path: Path) -> None:
+    blank = tmp_path / "blank.raw"
+    blank.write_bytes(bytes(DISK_SECTORS * SECTOR))
+    for path, size in ((disk, SECTOR), (blank, 2048)):
+        result = boot("--firmware", SEABIOS, "--disk", path, "--cdrom", disc, timeout=TIMEOUT)
+        assert f"sector size {size:08x}" in checks(result.console), result.console
+
+
 @contextmanager
 def tftp_server(files: dict[str, bytes]) -> Iterator[list[str]]:
     """Serves `files` on port 69 as RFC 1350 says, without options; gives the names that were asked for."""
