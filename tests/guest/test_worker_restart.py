@@ -27,9 +27,10 @@ for i in $(busybox seq {ROUNDS}); do
 done
 busybox mount -t proc none /proc
 echo 3 >/proc/sys/vm/drop_caches
-sum=$(busybox md5sum </x)
+expected=$(busybox md5sum </x)
 for i in $(busybox seq {ROUNDS}); do
-  [ "$(busybox dd if=/dev/vda bs=64k skip=$((i*4)) count=4 2>/err | busybox md5sum)" = "$sum" ] && echo "same-$i."
+  found=$(busybox dd if=/dev/vda bs=64k skip=$((i*4)) count=4 2>/err | busybox md5sum)
+  [ "$found" = "$expected" ] && echo "same-$i."
 done
 busybox reboot -f
 """

@@ -33,7 +33,6 @@ from devices.vhost.messages import (
     VRING_STATE,
     BackendRequest,
     ProtocolError,
-    ProtocolFeature,
     Request,
 )
 from tests.unit.vhost_toy import (

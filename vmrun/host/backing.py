@@ -2,8 +2,8 @@
 
 The name is the image's, and whoever made the image chose it, or whoever broke out into the worker that writes
 it: a guest could read any file of ours through it. So it is followed only into the directory that the user
-allows, the disk's own if nothing else is said; and nothing is guessed: a name is a plain path, and the format is
-stated.
+allows, the disk's own if nothing else is said; and nothing is guessed: a name is a plain path, and the format
+is stated.
 """
 
 import os

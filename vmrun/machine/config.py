@@ -15,8 +15,8 @@ MIB = 1 << 20
 class DiskConfig:
     """One virtio-blk disk. `format` is "raw" or "qcow2", stated or taken from the suffix: never probed.
 
-    `serial` is what the guest reads as the disk's identity: at most 20 printable ASCII characters. `backing` is
-    the directory that backing files must lie in, symbolic links resolved; None means the disk's own.
+    `serial` is what the guest reads as the disk's identity: at most 20 printable ASCII characters. `backing`
+    is the directory that backing files must lie in, symbolic links resolved; None means the disk's own.
     """
 
     path: Path

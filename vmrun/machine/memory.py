@@ -51,7 +51,8 @@ class Ram:
         try:
             self.memory.close()
         except BufferError:
-            pass  # the exception that ends the machine holds views in its traceback: the mappings go with those
+            # The exception that ends the machine holds views in its traceback: the mappings go with those.
+            pass
         os.close(self.fd)
 
     def __enter__(self) -> "Ram":

@@ -113,7 +113,8 @@ class SoftwareCpu:
     def _changed(self, fields: int = abi.KVM_SYNC_X86_REGS) -> None:
         if fields & abi.KVM_SYNC_X86_SREGS:
             # KVM sets a bit here at an exit that came between choosing an interrupt and delivering it, never
-            # clears it in this shared copy, and takes it for an interrupt to deliver, whatever RFLAGS.IF says.
+            # clears it in this shared copy, and takes it for an interrupt to deliver, whatever RFLAGS.IF
+            # says.
             self._vcpu.sync.sregs.interrupt_bitmap[:] = [0, 0, 0, 0]
         self._vcpu.dirty_regs.value |= fields
 
