@@ -51,7 +51,7 @@ def command() -> Any:
     app = typer.Typer(
         name="vmrun",
         cls=GroupedCommands,
-        help="Run microVMs on Linux/KVM: real disks, real taps, a sandboxed process per device.",
+        help="Run microVMs on Linux/KVM: real disks and taps, a sandboxed process for each.",
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,

@@ -20,7 +20,7 @@ def boot(
         list[str] | None,
         typer.Option(
             "--disk",
-            metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT]",
+            metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]",
             help="A disk: the guest's /dev/vda, then vdb and so on; or vhost-user:SOCKET. Repeatable.",
             show_default=False,
         ),

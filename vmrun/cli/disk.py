@@ -189,7 +189,7 @@ def convert(
     ] = None,
     cluster_size: ClusterSize = None,
 ) -> int:
-    """Copy a disk, with all that is in its backing files, into one new sparse image."""
+    """Copy a disk, backing files included, into one sparse image."""
     from vmrun.cli.progress import bar
     from vmrun.disk.convert import convert
     from vmrun.disk.files import image_format
@@ -206,7 +206,7 @@ def convert(
 
 
 def commit(path: Image, fmt: Format = None) -> int:
-    """Write what an overlay has into its backing file, and empty the overlay.
+    """Write an overlay into its base, and empty the overlay.
 
     Other overlays over the same backing file are worth nothing afterwards. Killed in the middle, the overlay
     still has everything: commit again.
@@ -221,7 +221,7 @@ def commit(path: Image, fmt: Format = None) -> int:
 
 
 def map_(path: Image, fmt: Format = None, as_json: AsJson = False) -> int:
-    """List where the bytes of a disk are: in which file, at which offset, or nowhere."""
+    """List where the bytes of a disk are: file and offset."""
     from vmrun.disk.map import disk_map
 
     runs = disk_map(path, fmt)

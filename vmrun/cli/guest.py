@@ -24,7 +24,10 @@ def app() -> typer.Typer:
 
 
 def build() -> int:
-    """Build the guest kit unless it is there: minutes the first time, no time at all the second."""
+    """Build the guest kit, unless it is there.
+
+    It takes minutes the first time, and no time at all the second.
+    """
     from vmrun.guestkit import kit
 
     found = kit.find()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vmrun.control.facts import Facts
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The machine.")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="The machines.")]
+Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="The machines.")]
 All = Annotated[bool, typer.Option("--all", "-a", help="Every machine of yours that runs.")]
 
 HEADINGS = ("NAME", "PID", "STATE", "VCPUS", "MEMORY", "IN USE", "CPU", "DISKS", "NICS", "UPTIME")

@@ -24,7 +24,10 @@ def app() -> typer.Typer:
 
 
 def blk(
-    socket: Socket, disk: Annotated[str, typer.Option(metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT]")]
+    socket: Socket,
+    disk: Annotated[
+        str, typer.Option(metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]")
+    ],
 ) -> int:
     """Serve one disk to one VMM, until it closes the connection."""
     from vmrun.cli.options import parse_disk
