@@ -343,13 +343,18 @@ class Machine:
 
     def _vcpu_ended(self, index: int, error: BaseException | None) -> None:
         if isinstance(error, GuestHalted):
-            # OpenBSD has no other way to end a machine than this.
-            if self.shutdown.expected:
-                self._end_requested(0, "the guest shut down")
-            else:
-                self.end(EXIT_PANIC, str(error))
+            # On the loop, behind what the guest's last words to vmmci put there.
+            halted = str(error)
+            self.loop.call_soon(lambda: self._guest_halted(halted))
         elif error is not None:
             self.end(EXIT_VMM, str(error) or f"vCPU {index}: {type(error).__name__}")
+
+    def _guest_halted(self, how: str) -> None:
+        # OpenBSD has no other way to end a machine than this.
+        if self.shutdown.expected:
+            self._end_requested(0, "the guest shut down")
+        else:
+            self.end(EXIT_PANIC, how)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
         code, reason = 128 + number, f"stopped by {signal.Signals(number).name}"
