@@ -7,6 +7,7 @@ import select
 import signal
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -280,8 +281,9 @@ def test_a_bad_image_is_not_tried_again(make: Callable[[str], Machine]) -> None:
     def guest() -> None:
         os.pwrite(machine.disk.fd, b"no qcow2", 0)
         machine.loop.call_soon(machine.kill)
-        machine.submit(IN, 0, [], [512])
-        machine.collect()
+        deadline = time.monotonic() + 30
+        while not machine.ends and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     machine.run(guest)
     ((code, reason),) = machine.ends
