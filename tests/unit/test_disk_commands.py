@@ -19,9 +19,9 @@ from devices.block.open import open_image
 from devices.block.qcow2_header import INCOMPATIBLE_FIELD, Header
 from tests.unit.qcow2_writer import assert_at_most_leaks
 from vmrun import cli
-from vmrun.disk import output
 from vmrun.disk.check import EXIT_LEAKS
 from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
+from vmrun.host import new_file as output
 from vmrun.host.disks import OpenDisk
 from vmrun.machine.config import DiskConfig
 

@@ -85,7 +85,7 @@ class _Lives:
         self._starter = starter
 
     def run(self, directory: runtime.RuntimeDirectory, timeout: float | None) -> "Outcome":
-        from vmrun.machine.control import describe_config
+        from vmrun.machine.config_json import describe_config
         from vmrun.machine.machine import run
 
         (directory.path / runtime.CONFIG).write_text(json.dumps(describe_config(self._config), indent=2))

@@ -14,8 +14,8 @@ from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import COMPRESSION_ZLIB, COMPRESSION_ZSTD
 from vmrun.disk.create import DEFAULT_CLUSTER_SIZE
 from vmrun.disk.files import image_errors, image_format, open_chain
-from vmrun.disk.output import new_file
 from vmrun.errors import UserError
+from vmrun.host.new_file import new_file
 from vmrun.machine.config import DiskConfig
 
 CHUNK = 2 << 20  # read at once; a multiple of every granularity

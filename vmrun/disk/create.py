@@ -7,9 +7,9 @@ from devices.block.image import SECTOR_SIZE
 from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import COMPRESSION_ZLIB
 from vmrun.disk.files import image_errors, image_format, open_chain
-from vmrun.disk.output import new_file
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.backing import ANYWHERE, MAX_BACKING_FILES
+from vmrun.host.new_file import new_file
 from vmrun.machine.config import DiskConfig
 
 DEFAULT_CLUSTER_SIZE = 65536

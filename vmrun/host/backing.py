@@ -7,6 +7,7 @@ is stated.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from devices.block.qcow2_header import Header
@@ -18,10 +19,10 @@ ANYWHERE = Path("/")  # for a user who names the image and what is to be done wi
 MAX_BACKING_FILES = 16  # below one disk: each is a descriptor in the worker and a level of its recursion
 
 
-def backing_config(path: Path, header: Header, allowed: Path) -> DiskConfig | None:
+def backing_config(path: Path, header: Header, allowed: Sequence[Path]) -> DiskConfig | None:
     """The backing file of the qcow2 image at `path`, if it has one. UserError for one that is not followed.
 
-    It must lie in the directory `allowed` or below, symbolic links resolved.
+    It must lie in one of the directories `allowed` or below, symbolic links resolved.
 
     A relative name is relative to the directory of `path`, as in QEMU: of a symbolic link the link's own.
     """
@@ -49,9 +50,9 @@ def backing_config(path: Path, header: Header, allowed: Path) -> DiskConfig | No
         )
     backing = Path(os.path.join(path.parent, name))
     resolved = backing.resolve()
-    if not resolved.is_relative_to(allowed.resolve()):
+    if not any(resolved.is_relative_to(directory.resolve()) for directory in allowed):
         raise UserError(
-            f"{where} is not in {allowed}: if you trust the image, allow it with "
+            f"{where} is not in {' or '.join(map(str, allowed))}: if you trust the image, allow it with "
             f"--disk {path},backing={resolved.parent}",
             EXIT_IMAGE,
         )

@@ -16,6 +16,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -62,12 +63,12 @@ class OpenDisk:
     def __init__(self, config: DiskConfig) -> None:
         self.config = config
         self.header: Header | None = None
-        self.fd = _open(config)
+        self.fd = _open(config) if config.overlay is None else os.dup(config.overlay)
         try:
             status = os.fstat(self.fd)
             self.identity = (status.st_dev, status.st_ino)
             _lock(self.fd, config)
-            if config.format == "qcow2":
+            if self.format == "qcow2":
                 self.header = Header(self.fd)
         except ImageError as error:
             self.close()
@@ -75,6 +76,11 @@ class OpenDisk:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def format(self) -> str:
+        """Of what `fd` is."""
+        return self.config.format if self.config.overlay is None else "qcow2"
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -103,8 +109,7 @@ class MachineDisk(OpenDisk):
 
     def _open_backing_files(self) -> None:
         disk: OpenDisk = self
-        allowed = self.config.backing if self.config.backing is not None else self.config.path.parent
-        while disk.header is not None and (config := backing_config(disk.config.path, disk.header, allowed)):
+        while (config := self._below(disk)) is not None:
             where = f"disk {disk.config.path}: its backing file {config.path}"
             if len(self.backing) == MAX_BACKING_FILES:
                 raise UserError(
@@ -126,6 +131,18 @@ class MachineDisk(OpenDisk):
             if loop:
                 raise UserError(f"{where} is itself or an image above it", EXIT_IMAGE)
 
+    def _below(self, disk: OpenDisk) -> DiskConfig | None:
+        """The backing file of `disk`, one of this chain. What is below an overlay of ours is no question to
+        its header.
+        """
+        if disk.config.overlay is not None:
+            return replace(disk.config, read_only=True, throw_away=False, overlay=None)
+        if disk.header is None:
+            return None
+        own = self.config.path.parent
+        allowed = [own] if self.config.backing is None else [self.config.backing, own]
+        return backing_config(disk.config.path, disk.header, allowed)
+
     @property
     def identities(self) -> list[tuple[int, int]]:
         """Of this file and all below it."""
@@ -135,7 +152,7 @@ class MachineDisk(OpenDisk):
     def words(self) -> dict[str, str]:
         """For the worker's command line (`devices.worker.main`)."""
         config = self.config
-        words = {"format": config.format, "read_only": str(int(config.read_only))}
+        words = {"format": self.format, "read_only": str(int(config.read_only))}
         if config.serial:
             words["serial"] = config.serial
         if self.backing:
@@ -208,6 +225,17 @@ class Disks:
 
     def __iter__(self) -> Iterator[MachineDisk]:
         return iter(self._disks)
+
+    def __getitem__(self, index: int) -> MachineDisk:
+        return self._disks[index]
+
+    def exchange(self, index: int, config: DiskConfig) -> MachineDisk:
+        """Close disk `index`, which no worker has any more, and open `config` in its place. Raises as the
+        constructor does; then the disk is closed.
+        """
+        self._disks[index].close()
+        self._disks[index] = MachineDisk(config)
+        return self._disks[index]
 
     def __len__(self) -> int:
         return len(self._disks)

@@ -16,7 +16,10 @@ class DiskConfig:
     """One virtio-blk disk. `format` is "raw" or "qcow2", stated or taken from the suffix: never probed.
 
     `serial` is what the guest reads as the disk's identity: at most 20 printable ASCII characters. `backing`
-    is the directory that backing files must lie in, symbolic links resolved; None means the disk's own.
+    is a directory that backing files may lie in, symbolic links resolved, besides the disk's own.
+
+    `throw_away`: the guest's writes go to an overlay that ends with the machine; `overlay`, when it is there
+    already, is the descriptor of that file, which stays its opener's (`vmrun.host.overlays`).
     """
 
     path: Path
@@ -24,6 +27,8 @@ class DiskConfig:
     read_only: bool = False
     serial: str = ""
     backing: Path | None = None
+    throw_away: bool = False
+    overlay: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,10 @@
 
 import os
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vmrun.errors import UserError
-from vmrun.machine.config import MachineConfig
+from vmrun.machine.config_json import describe_config
 
 if TYPE_CHECKING:
     from vmrun.machine.machine import Machine
@@ -73,19 +72,3 @@ class MachineControl:
 
     def resume(self) -> None:
         self._machine.pause.resume()
-
-
-def describe_config(config: MachineConfig) -> dict[str, Any]:
-    """The configuration as JSON has it: paths are strings, a MAC has its colons."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(each) for each in value]
-        if isinstance(value, bytes):
-            return value.hex(":")
-        return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-    described: dict[str, Any] = plain(asdict(config))
-    return described

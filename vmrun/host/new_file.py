@@ -1,5 +1,5 @@
 """New files that get their name when they are whole: whatever interrupts the making leaves nothing that is
-taken for an image. User side of the VMM process.
+taken for an image. VMM process and its user side.
 """
 
 import errno
@@ -31,12 +31,40 @@ def new_file(path: Path) -> Iterator[int]:
         try:
             yield fd
             os.fsync(fd)
-            _give_name(path, directory, fd, name)
+            _link(path, directory, fd, name)
             os.fsync(directory)
         finally:
             os.close(fd)
             if name is not None:
                 os.unlink(name, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def open_unnamed(directory: Path) -> int:
+    """A descriptor of an empty file in `directory` that has no name, and ends with its last descriptor unless
+    `give_name` gives it one. Raises UserError and OSError.
+    """
+    file = directory / "overlay"
+    directory_fd = _open_directory(file)
+    try:
+        fd, name = _open_unnamed(file, directory_fd)
+        if name is not None:
+            os.unlink(name, dir_fd=directory_fd)  # and then there is no way to name it again
+        return fd
+    finally:
+        os.close(directory_fd)
+
+
+def give_name(fd: int, path: Path) -> None:
+    """Let the file of `open_unnamed` be `path`, durably: on the same file system. UserError when `path` is
+    there already; OSError, on file systems without O_TMPFILE too.
+    """
+    directory = _open_directory(path)
+    try:
+        os.fsync(fd)
+        _link(path, directory, fd, None)
+        os.fsync(directory)
     finally:
         os.close(directory)
 
@@ -61,7 +89,7 @@ def _open_unnamed(path: Path, directory: int) -> tuple[int, str | None]:
         raise OSError(error.errno, f"{path}: {error.strerror}") from None
 
 
-def _give_name(path: Path, directory: int, fd: int, name: str | None) -> None:
+def _link(path: Path, directory: int, fd: int, name: str | None) -> None:
     try:
         # Not rename: that would replace what somebody else put there meanwhile.
         if name is None:
