@@ -34,12 +34,16 @@ check: venv
 guest: venv
 	$(VENV)/bin/vmrun guest build
 
+# An editable installation compiles nothing. Where byte code cannot be written later (somebody else's checkout,
+# PYTHONDONTWRITEBYTECODE), every start would compile again what it imports, which doubles its time.
 venv: $(STAMP)
+	@$(VENV)/bin/python -m compileall -q vmrun devices
 
 # Asks dpkg every time (a moment), so a package that went away is missed; installs only what is missing.
 packages:
 	@scripts/setup
 
+# Python 3.11 puts setuptools there: a .pth file of its own is an import hook in the way of every start, 2 ms.
 $(STAMP): pyproject.toml | packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'vmrun: $(PYTHON) is older than Python 3.11: make PYTHON=/path/to/a/newer/python3'; exit 1; }
@@ -47,6 +51,7 @@ $(STAMP): pyproject.toml | packages
 		{ echo 'vmrun: $(PYTHON) cannot make virtual environments: make PYTHON=/usr/bin/python3'; exit 1; }
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --disable-pip-version-check --progress-bar on -e '.[dev]'
+	@$(VENV)/bin/pip uninstall --disable-pip-version-check -q -y setuptools 2>/dev/null
 	@touch $@
 
 clean:

@@ -94,6 +94,10 @@ class BarMap:
             self._waiting.append(bar)
         self._waiting = [waiting for waiting in self._waiting if not self._map(waiting)]
 
+    def waiting(self) -> tuple[Bar, ...]:
+        """The BARs whose place is taken or outside the windows, the longest waiting first."""
+        return tuple(self._waiting)
+
     def _map(self, bar: Bar) -> bool:
         window = self.window(bar)
         address = bar.wanted

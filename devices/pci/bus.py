@@ -7,12 +7,14 @@ never takes it.
 """
 
 import threading
+from typing import Any
 
 from devices.board import Board
 from devices.bus import Bus
-from devices.pci.bars import BarMap
+from devices.pci.bars import Bar, BarMap
 from devices.pci.config import EXTENDED_CONFIG_SIZE
-from devices.pci.function import PciFunction
+from devices.pci.function import BAR_COUNT, PciFunction
+from devices.state import SavedState
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_PORTS = 8
@@ -95,6 +97,70 @@ class PciBus:
 
     def _function(self, bus: int, devfn: int) -> PciFunction | None:
         return None if bus or devfn & 7 else self.functions.get(devfn >> 3)
+
+    def pause(self) -> None:
+        """Have every function hold still: see `PciFunction.pause`. The vCPUs are out of the guest; afterwards
+        no device raises an interrupt until `unpause`. Waits for workers, at most as long as each of them may
+        take.
+        """
+        for function in self.functions.values():
+            function.pause()
+
+    def unpause(self) -> None:
+        """Let every function go on; before the vCPUs do."""
+        for function in self.functions.values():
+            function.unpause()
+
+    def save(self) -> dict[str, Any]:
+        """What `load` needs, paused. Raises OSError or ProtocolError when a worker that failed while it was
+        pausing is not back yet.
+        """
+        with self.lock:
+            slots = {function: slot for slot, function in self.functions.items()}
+            where = {id(bar): slots[function] for function in slots for bar in function.bars.values()}
+            return {
+                "config_address": self.config_ports.address,
+                "functions": {str(slot): function.save() for slot, function in self.functions.items()},
+                "waiting": [[where[id(bar)], bar.index] for bar in self._bar_map.waiting()],
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put the functions plugged here into the paused state that `state` describes: they go on with
+        `unpause`, after the interrupt controllers were given their state, which this has changed. Raises
+        ValueError when the functions saved are others, or the state makes no sense; the bus can only be
+        closed then.
+        """
+        saved = SavedState("PCI bus", state)
+        address = saved.bits("config_address", ADDRESS_BITS)
+        functions = saved.mapping("functions")
+        waiting = [self._waiting_bar(saved, item) for item in saved.items("waiting", SLOTS * BAR_COUNT)]
+        with self.lock:
+            for slot, function in self.functions.items():
+                if str(slot) not in functions:
+                    raise ValueError(f"PCI slot {slot} has {function.description}; it was saved empty")
+            for name in functions:
+                if name not in map(str, self.functions):
+                    raise ValueError(f"PCI slot {name} is empty; it was saved with a function")
+            for slot, function in self.functions.items():
+                try:
+                    function.load(functions[str(slot)])
+                except ValueError as error:
+                    raise ValueError(f"PCI slot {slot}: {error}") from None
+            # Where two BARs want one place, it is the one's that had it.
+            for function in self.functions.values():
+                for bar in function.bars.values():
+                    if (function, bar) not in waiting:
+                        function.place_bar(bar)
+            for function, bar in waiting:
+                function.place_bar(bar)
+            self.config_ports.address = address
+
+    def _waiting_bar(self, saved: SavedState, item: object) -> tuple[PciFunction, Bar]:
+        if isinstance(item, list) and len(item) == 2 and all(type(number) is int for number in item):
+            function = self.functions.get(item[0])
+            if function is not None and item[1] in function.bars:
+                return function, function.bars[item[1]]
+        raise saved.wrong("waiting", "names a BAR that does not exist")
 
     def close(self) -> None:
         """Close every function and leave the buses. vCPUs have stopped by then."""

@@ -70,6 +70,19 @@ class MaskedBytes:
     def read(self, offset: int, size: int) -> int:
         return int.from_bytes(self.data[offset : offset + size].ljust(size, b"\xff"), "little")
 
+    def load(self, data: bytes) -> None:
+        """Take what the guest had written: the writable bits of `data`, which begins where this begins and
+        may be shorter. Raises ValueError, and changes nothing, when another bit differs: these are other
+        registers.
+        """
+        for offset, byte in enumerate(data):
+            fixed = ~(self.writable[offset] | self.clearable[offset])
+            if (byte ^ self.data[offset]) & fixed:
+                raise ValueError(
+                    f"byte {offset:#x} is {byte:#04x}, which {self.data[offset]:#04x} cannot become"
+                )
+        self.data[: len(data)] = data
+
     def write(self, offset: int, size: int, value: int) -> None:
         end = min(offset + size, len(self.data))
         for index in range(offset, end):

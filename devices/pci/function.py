@@ -8,6 +8,7 @@ touch a second function (its BAR gets the place that the first one left) without
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from devices.board import Board
 from devices.bus import BusDevice
@@ -21,6 +22,7 @@ from devices.pci.config import (
     COMMAND_IO,
     COMMAND_MASTER,
     COMMAND_MEMORY,
+    CONFIG_SIZE,
     DEVICE_ID,
     INTERRUPT_LINE,
     INTERRUPT_PIN,
@@ -36,6 +38,7 @@ from devices.pci.config import (
     ConfigSpace,
 )
 from devices.pci.intx import Intx, intx_gsi
+from devices.state import SavedState
 
 BAR_COUNT = 6
 
@@ -142,10 +145,58 @@ class PciFunction:
         self.config.put(STATUS, 1, status | (STATUS_INTERRUPT if self.intx.asserted else 0))
 
     def _place_bars(self) -> None:
-        if self._bar_map is None:
-            return
-        command = self.config.get(COMMAND, 2)
         for bar in self.bars.values():
+            self.place_bar(bar)
+
+    def pause(self) -> None:
+        """Hold still: no interrupt is on its way and no memory of the guest's is touched when this returns.
+        The vCPUs are out of the guest. May wait for a worker.
+        """
+
+    def unpause(self) -> None:
+        """Go on. May wait for a worker."""
+
+    def save(self) -> dict[str, Any]:
+        """What `load` needs, of a paused function."""
+        with self.lock:
+            config = bytearray(self.config.data[:CONFIG_SIZE])
+            config[STATUS] &= ~STATUS_INTERRUPT  # looked up when it is read
+            return {
+                "vendor": self.config.get(VENDOR_ID, 2),
+                "device": self.config.get(DEVICE_ID, 2),
+                "bars": self._bar_sizes(),
+                "config": config.hex(),
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put a function that was just plugged into the paused state that `state` describes; its BARs are for
+        `place_bar`. Raises ValueError when `state` is another kind of function's, or makes no sense.
+        """
+        saved = SavedState(self.description, state)
+        saved.same("vendor", self.config.get(VENDOR_ID, 2), "vendor id")
+        saved.same("device", self.config.get(DEVICE_ID, 2), "device id")
+        saved.same("bars", self._bar_sizes(), "set of BARs")
+        config = saved.exactly("config", CONFIG_SIZE)
+        with self.lock:
+            self._refresh_status()
+            try:
+                self.config.load(config)
+            except ValueError as error:
+                raise saved.wrong("config", f"is another function's: {error}") from None
+            self.intx.set_disabled(bool(self.config.get(COMMAND, 2) & COMMAND_INTX_DISABLE))
+
+    @property
+    def description(self) -> str:
+        """For messages."""
+        return f"PCI function {self.config.get(VENDOR_ID, 2):04x}:{self.config.get(DEVICE_ID, 2):04x}"
+
+    def _bar_sizes(self) -> list[list[int]]:
+        return [[bar.index, bar.kind.value, bar.size] for bar in self.bars.values()]
+
+    def place_bar(self, bar: Bar) -> None:
+        """Map `bar` where the registers say that it is, or nowhere. The bus's lock is held."""
+        if self._bar_map is not None:
+            command = self.config.get(COMMAND, 2)
             decoded = command & (COMMAND_IO if bar.kind is BarKind.IO else COMMAND_MEMORY)
             self._bar_map.place(bar, self.bar_address(bar) if decoded else None)
 

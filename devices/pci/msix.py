@@ -5,11 +5,14 @@ enables MSI-X and neither the function nor the vector is masked; while disconnec
 show as pending.
 """
 
+import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from devices.board import MsiVector
 from devices.pci.config import CAP_MSIX, ConfigSpace, MaskedBytes
+from devices.state import SavedState
 
 CONTROL_FUNCTION_MASK = 1 << 14
 CONTROL_ENABLE = 1 << 15
@@ -44,6 +47,7 @@ class MsiX:
             raise ValueError(f"MSI-X has 1 to {MAX_VECTORS} vectors, not {len(vectors)}")
         self.enabled = False
         self.function_masked = False
+        self.paused = False
         self.vectors = vectors
         self.pba_offset = max(0x800, 1 << (ENTRY_SIZE * len(vectors) - 1).bit_length())
         self.bar_size = 2 * self.pba_offset
@@ -99,22 +103,72 @@ class MsiX:
                 if vector < len(self.vectors):
                     self._connect(vector)
 
-    def _control_written(self) -> None:
+    def pause(self) -> None:
+        """Disconnect all vectors: what was signalled before has reached its local APIC when this returns,
+        what is signalled from now on stays pending in the vectors, so that it can be saved.
+        """
+        with self._lock:
+            self.paused = True
+            self._connect_all()
+
+    def unpause(self) -> None:
+        """Deliver again, first what is pending."""
+        with self._lock:
+            self.paused = False
+            self._connect_all()
+
+    def save(self) -> dict[str, Any]:
+        """Of a paused function: what is not pending was delivered."""
+        with self._lock:
+            return {
+                "table": self.table.data.hex(),
+                "pending": [vector.pending() for vector in self.vectors],
+            }
+
+    def load(self, state: dict[str, Any], name: str) -> None:
+        """Paused, after configuration space was loaded; `on_enable` is not called. Raises ValueError for what
+        `save` cannot have said.
+        """
+        saved = SavedState(f"{name}, MSI-X", state)
+        table = saved.exactly("table", len(self.table.data))
+        pending = saved.items("pending", len(self.vectors), len(self.vectors))
+        if not all(isinstance(one, bool) for one in pending):
+            raise saved.wrong("pending", "is not a list of true and false")
+        with self._lock:
+            try:
+                self.table.load(table)
+            except ValueError as error:
+                raise saved.wrong("table", f"cannot be: {error}") from None
+            self.paused = True
+            self._take_control()
+            self._connect_all()
+            for vector, signalled in zip(self.vectors, pending, strict=True):
+                if signalled:
+                    os.eventfd_write(vector.fd, 1)
+
+    def _take_control(self) -> None:
         control = self._config.get(self._capability + 2, 2)
         self.function_masked = bool(control & CONTROL_FUNCTION_MASK)
-        was_enabled, self.enabled = self.enabled, bool(control & CONTROL_ENABLE)
-        for vector in range(len(self.vectors)):
-            self._connect(vector)
+        self.enabled = bool(control & CONTROL_ENABLE)
+
+    def _control_written(self) -> None:
+        was_enabled = self.enabled
+        self._take_control()
+        self._connect_all()
         if self.enabled != was_enabled:
             self._on_enable()
 
+    def _connect_all(self) -> None:
+        for vector in range(len(self.vectors)):
+            self._connect(vector)
+
     def _connect(self, vector: int) -> None:
-        """Connect or disconnect a vector as the table and the control register say."""
+        """Connect or disconnect a vector as the table and the control register say, and `paused`."""
         entry = vector * ENTRY_SIZE
         address = self.table.get(entry, 8)
         masked = self.function_masked or self.table.get(entry + ENTRY_CONTROL, 4) & ENTRY_MASKED
         message = None
-        if self.enabled and not masked and address >> 20 == MSI_ADDRESS_PREFIX:
+        if self.enabled and not self.paused and not masked and address >> 20 == MSI_ADDRESS_PREFIX:
             message = (address, self.table.get(entry + ENTRY_DATA, 4))
         if message == self._messages[vector]:
             return

@@ -11,8 +11,10 @@ when it has 32 bits), RESET_REG at +12 (1 byte) with RESET_VALUE 1, and S5 as {5
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from devices.board import IrqLine
+from devices.state import SavedState
 
 STATUS, ENABLE, CONTROL, TIMER, RESET = 0, 2, 4, 8, 12
 SIZE = 13
@@ -31,6 +33,7 @@ CONTROL_SLP_EN = 1 << 13
 S5_SLP_TYP = 5
 RESET_VALUE = 1
 TIMER_HZ = 3_579_545
+MAX_UPTIME = 1 << 62  # nanoseconds
 
 
 class AcpiPm:
@@ -78,6 +81,34 @@ class AcpiPm:
         """Ask the guest's OS to shut down: an SCI, if it enabled the button. Safe from any thread."""
         with self._lock:
             self.status |= POWER_BUTTON
+            self._update_irq()
+
+    def save(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "status": self.status,
+                "enable": self.enable,
+                "control": self.control,
+                "timer_bits": self.timer_bits,
+                "timer_ns": time.monotonic_ns() - self.timer_start,
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The timer goes on from where it was saved: a counter that jumps would look broken. Raises
+        ValueError
+        for what `save` cannot have said. Drives the interrupt line.
+        """
+        saved = SavedState("ACPI power management", state)
+        status = saved.bits("status", POWER_BUTTON)
+        enable = saved.bits("enable", ENABLE_BITS)
+        control = saved.bits("control", CONTROL_BM_RLD | CONTROL_SLP_TYP | CONTROL_SCI_EN)
+        if not control & CONTROL_SCI_EN:
+            raise saved.wrong("control", "is not in ACPI mode")
+        saved.same("timer_bits", self.timer_bits, "timer width")
+        elapsed = saved.number("timer_ns", MAX_UPTIME)
+        with self._lock:
+            self.status, self.enable, self.control = status, enable, control
+            self.timer_start = time.monotonic_ns() - elapsed
             self._update_irq()
 
     def read(self, offset: int, size: int) -> int:

@@ -11,10 +11,11 @@ switch, and the 32 kHz square wave. So whoever describes the machine must not gi
 
 import threading
 import time
-from calendar import timegm
 from collections.abc import Callable
+from typing import Any
 
 from devices.platform.isa import ByteDevice
+from devices.state import SavedState
 
 INDEX_PORT, DATA_PORT = 0, 1
 
@@ -29,7 +30,13 @@ B_BINARY = 0x04
 B_24_HOURS = 0x02
 B_DAYLIGHT = 0x01
 D_VALID = 0x80  # the battery is good
+B_BITS = B_SET | B_BINARY | B_24_HOURS | B_DAYLIGHT  # those kept
 HOUR_PM = 0x80
+
+# Seconds that the guest's clock may be ahead of the host's, or behind: more than it can set, and the year
+# still has four digits.
+MAX_OFFSET = 7100 * 366 * 86400
+MIN_OFFSET = -1900 * 365 * 86400
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -66,6 +73,30 @@ class Cmos(ByteDevice):
     def _put(self, register: int, size: int, value: int) -> None:
         self.ram[register : register + size] = value.to_bytes(size, "little")
 
+    def save(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "index": self.index,
+                "offset_us": round(self.offset * 1_000_000),
+                "ram": self.ram.hex(),
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The clock goes on with the host's: `offset` is kept, however long ago it was saved. Raises
+        ValueError
+        for what `save` cannot have said.
+        """
+        saved = SavedState("real-time clock", state)
+        index = saved.number("index", 0x7F)
+        offset = saved.number("offset_us", MAX_OFFSET * 1_000_000, MIN_OFFSET * 1_000_000)
+        ram = saved.exactly("ram", len(self.ram))
+        if ram[REGISTER_A] & 0x80 or ram[REGISTER_B] & ~B_BITS:
+            raise saved.wrong("ram", "has bits in registers A and B that this clock has not")
+        with self._lock:
+            self.index = index
+            self.offset = offset / 1_000_000
+            self.ram[:] = ram
+
     def read_byte(self, offset: int) -> int:
         if offset != DATA_PORT:
             return 0xFF  # the index cannot be read back
@@ -95,7 +126,7 @@ class Cmos(ByteDevice):
             was_set = self.ram[REGISTER_B] & B_SET
             if value & B_SET and not was_set:
                 self._latch()
-            self.ram[REGISTER_B] = value & (B_SET | B_BINARY | B_24_HOURS | B_DAYLIGHT)
+            self.ram[REGISTER_B] = value & B_BITS
             if was_set and not value & B_SET:
                 self._set_clock()
         elif register not in (REGISTER_C, REGISTER_D):
@@ -121,6 +152,8 @@ class Cmos(ByteDevice):
     def _set_clock(self) -> None:
         """Take the clock registers as the guest's time. It may have written anything: out of range is
         clamped."""
+        from calendar import timegm  # here: few guests do this, and every start would pay
+
         hours = self.ram[HOURS]
         if not self.ram[REGISTER_B] & B_24_HOURS:
             hours = self._decode(hours & ~HOUR_PM) % 12 + (12 if hours & HOUR_PM else 0)

@@ -5,8 +5,10 @@ is there only when somebody reads the log.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from devices.platform.isa import ByteDevice
+from devices.state import SavedState
 
 PORT = 0x402
 _PRESENT = 0xE9
@@ -21,6 +23,13 @@ class DebugConsole(ByteDevice):
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self._on_line = on_line
         self._line = bytearray()
+
+    def save(self) -> dict[str, Any]:
+        return {"line": self._line.hex()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `save` cannot have said."""
+        self._line = bytearray(SavedState("debug console", state).data("line", LINE_SIZE - 1))
 
     def read_byte(self, offset: int) -> int:
         return _PRESENT if offset == 0 else 0xFF

@@ -8,6 +8,9 @@ the DMA interface: firmware reads with string instructions, of which KVM makes o
 
 import struct
 from collections.abc import Mapping
+from typing import Any
+
+from devices.state import SavedState
 
 SELECT_PORT = 0x510
 PORTS = 2
@@ -32,7 +35,7 @@ class FwCfg:
     Read-only: what the guest writes as data vanishes, as in QEMU since 2.4.
     """
 
-    __slots__ = ("_item", "_items", "_offset")
+    __slots__ = ("_items", "_offset", "_selected")
 
     def __init__(self, files: Mapping[str, bytes], items: Mapping[int, bytes]) -> None:
         directory = bytearray(struct.pack(">I", len(files)))
@@ -44,14 +47,14 @@ class FwCfg:
             directory += _FILE_ENTRY.pack(len(data), number, 0, encoded)
             self._items[number] = data
         self._items[FILE_DIRECTORY] = bytes(directory)
-        self._item = b""
+        self._selected: int | None = None
         self._offset = 0
 
     def read(self, offset: int, size: int) -> int:
         if offset != _DATA or size != 1:
             return (1 << (8 * size)) - 1
         # Two vCPUs that read at once share one offset, as on hardware; either order is harmless.
-        item, position = self._item, self._offset
+        item, position = self._item(), self._offset
         if position >= len(item):
             return 0
         self._offset = position + 1
@@ -59,4 +62,16 @@ class FwCfg:
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset == _SELECT and size == 2:
-            self._item, self._offset = self._items.get(value & 0xFFFF, b""), 0
+            self._selected, self._offset = value & 0xFFFF, 0
+
+    def _item(self) -> bytes:
+        return b"" if self._selected is None else self._items.get(self._selected, b"")
+
+    def save(self) -> dict[str, Any]:
+        return {"selected": self._selected, "offset": self._offset}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `save` cannot have said. The items are this machine's own."""
+        saved = SavedState("fw_cfg", state)
+        selected = None if saved.absent("selected") else saved.number("selected", 0xFFFF)
+        self._selected, self._offset = selected, saved.number("offset", 1 << 32)

@@ -9,15 +9,18 @@ clocks its line.
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from devices.board import IrqLine
 from devices.platform.isa import ByteDevice
+from devices.state import SavedState
 
 STATUS_OUTPUT_FULL = 0x01
 STATUS_SYSTEM = 0x04  # the self-test passed
 STATUS_COMMAND = 0x08  # the last write was a command
 STATUS_UNLOCKED = 0x10
 STATUS_TIMEOUT = 0x40
+STATUS_BITS = STATUS_OUTPUT_FULL | STATUS_SYSTEM | STATUS_COMMAND | STATUS_UNLOCKED | STATUS_TIMEOUT
 
 CONFIG_KEYBOARD_INTERRUPT = 0x01
 CONFIG_SYSTEM = 0x04
@@ -43,6 +46,8 @@ WRITE_AUX = 0xD4
 PULSE_OUTPUT_PORT = (
     0xF0  # to 0xFF: pulses the lines whose low bits are clear, the lowest being the CPU's reset
 )
+
+WITH_PARAMETER = (WRITE_CONFIG, WRITE_OUTPUT_PORT, WRITE_KEYBOARD_OUTPUT, WRITE_AUX_OUTPUT, WRITE_AUX)
 
 SELF_TEST_PASSED = 0x55
 CLOCK_LINE_STUCK = 0x01
@@ -112,6 +117,30 @@ class I8042:
         self.pending = 0  # the command whose parameter the next data byte is, or 0
         self.irq_level = False
 
+    def save(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "config": self.config,
+                "status": self.status,
+                "output": self.output,
+                "from_keyboard": self.from_keyboard,
+                "pending": self.pending,
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `save` cannot have said. Drives the interrupt line."""
+        saved = SavedState("keyboard controller", state)
+        config, output = saved.number("config", 0xFF), saved.number("output", 0xFF)
+        status = saved.bits("status", STATUS_BITS)
+        from_keyboard = saved.flag("from_keyboard")
+        pending = saved.number("pending", 0xFF)
+        if pending and pending not in WITH_PARAMETER:
+            raise saved.wrong("pending", "is no command with a parameter")
+        with self._lock:
+            self.config, self.output, self.status = config, output, status
+            self.from_keyboard, self.pending = from_keyboard, pending
+            self._update_irq()
+
     def read_status(self) -> int:
         with self._lock:
             return self.status
@@ -150,13 +179,7 @@ class I8042:
             self.status |= STATUS_COMMAND
             if value == READ_CONFIG:
                 self._put(self.config)
-            elif value in (
-                WRITE_CONFIG,
-                WRITE_OUTPUT_PORT,
-                WRITE_KEYBOARD_OUTPUT,
-                WRITE_AUX_OUTPUT,
-                WRITE_AUX,
-            ):
+            elif value in WITH_PARAMETER:
                 self.pending = value
             elif value == SELF_TEST:
                 self.status |= STATUS_SYSTEM

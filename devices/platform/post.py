@@ -7,8 +7,10 @@ Linux also writes to it only to pass time (`outb_p`), so the newest entries are 
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from devices.platform.isa import ByteDevice
+from devices.state import SavedState
 
 CAPACITY = 4096
 
@@ -25,6 +27,19 @@ class PostCodes(ByteDevice):
     def __init__(self, hook: Callable[[int, int], None] | None = None) -> None:
         self.codes: deque[tuple[int, int]] = deque(maxlen=CAPACITY)
         self.hook = hook
+
+    def save(self) -> dict[str, Any]:
+        """The last code, which the guest can read back. Their times mean nothing in another process."""
+        try:
+            return {"last": self.codes[-1][1]}
+        except IndexError:
+            return {"last": None}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `save` cannot have said. The hook is not called."""
+        saved = SavedState("POST display", state)
+        if not saved.absent("last"):
+            self.codes.append((time.monotonic_ns(), saved.number("last", 0xFF)))
 
     def read_byte(self, offset: int) -> int:
         # A page register of the DMA controller lies under the display: it reads back what was written.

@@ -8,9 +8,11 @@ breaks do not occur.
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from devices.board import IrqLine
 from devices.platform.isa import ByteDevice
+from devices.state import SavedState
 
 # Register offsets. With LCR.DLAB set, the first two are the divisor latch.
 DATA, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
@@ -32,6 +34,7 @@ IIR_FIFOS_ENABLED = 0xC0
 FCR_ENABLE = 0x01
 FCR_CLEAR_RECEIVE = 0x02
 FCR_TRIGGER_SHIFT = 6
+FCR_BITS = FCR_ENABLE | 3 << FCR_TRIGGER_SHIFT  # those kept
 TRIGGER_LEVELS = (1, 4, 8, 14)
 FIFO_SIZE = 16
 
@@ -118,6 +121,49 @@ class Uart(ByteDevice):
             if taken:
                 self._update_irq()
             return taken
+
+    def save(self) -> dict[str, Any]:
+        with self._lock:
+            return {
+                "ier": self.ier,
+                "fcr": self.fcr,
+                "lcr": self.lcr,
+                "mcr": self.mcr,
+                "scr": self.scr,
+                "divisor": self.divisor,
+                "received": self.received.hex(),
+                "overrun": self.overrun,
+                "transmit_empty": self.transmit_empty,
+                "modem_delta": self.modem_delta,
+                "polls": self.polls,
+                "starved": self.starved,
+            }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `save` cannot have said. Drives the interrupt line."""
+        saved = SavedState("serial port", state)
+        fcr = saved.bits("fcr", FCR_BITS)
+        if fcr and not fcr & FCR_ENABLE:
+            raise saved.wrong("fcr", "has a trigger level without FIFOs")
+        registers = {
+            "ier": saved.number("ier", 0x0F),
+            "lcr": saved.number("lcr", 0xFF),
+            "mcr": saved.number("mcr", 0x1F),
+            "scr": saved.number("scr", 0xFF),
+            "divisor": saved.number("divisor", 0xFFFF),
+            "modem_delta": saved.number("modem_delta", 0x0F),
+            "polls": saved.number("polls", POLLS_OF_A_LISTENER),
+            "overrun": saved.flag("overrun"),
+            "transmit_empty": saved.flag("transmit_empty"),
+            "starved": saved.flag("starved"),
+        }
+        received = saved.data("received", FIFO_SIZE if fcr & FCR_ENABLE else 1)
+        with self._lock:
+            for name, value in registers.items():
+                setattr(self, name, value)
+            self.fcr = fcr
+            self.received = bytearray(received)
+            self._update_irq()
 
     def read_byte(self, offset: int) -> int:
         with self._lock:
@@ -232,7 +278,7 @@ class Uart(ByteDevice):
         if (value ^ self.fcr) & FCR_ENABLE or (value & FCR_ENABLE and value & FCR_CLEAR_RECEIVE):
             self.received.clear()
         # The other bits are only taken together with the enable bit.
-        self.fcr = value & 0xC1 if value & FCR_ENABLE else 0
+        self.fcr = value & FCR_BITS if value & FCR_ENABLE else 0
         self._update_irq()
 
     def _loop_back(self, value: int) -> None:

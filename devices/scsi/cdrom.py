@@ -7,6 +7,7 @@ Data are read while the caller waits, so one command reads at most MAX_TRANSFER 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from devices.scsi import mmc
 from devices.scsi.inquiry import CD_ROM, inquiry
@@ -55,6 +56,7 @@ from devices.scsi.unit import (
     fixed_size,
     parameters,
 )
+from devices.state import SavedState
 
 MAX_TRANSFER = 512 << 10
 
@@ -74,6 +76,9 @@ _LOAD_EJECT = 0x02
 _START = 0x01
 _CHANGEABLE_VALUES = 1
 _SAVED_VALUES = 3
+_EVENTS = (mmc.NO_CHANGE, mmc.NEW_MEDIA, mmc.MEDIA_REMOVAL)
+# What a unit attention can tell, by the names that are saved.
+_ATTENTIONS: dict[str, Sense | None] = {"": None, "reset": RESET_OCCURRED, "medium": MEDIUM_CHANGED}
 
 
 class CdRom(LogicalUnit):
@@ -117,6 +122,24 @@ class CdRom(LogicalUnit):
         """A logical unit reset: the lock is gone, the tray stays as it is, and the initiator is told."""
         self._locked = False
         self._attention = RESET_OCCURRED
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "blocks": self._medium.blocks,
+            "tray_open": self._tray_open,
+            "locked": self._locked,
+            "event": self._event,
+            "attention": next(name for name, sense in _ATTENTIONS.items() if sense is self._attention),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Raises ValueError for what `save` cannot have said, and for a disc of another size."""
+        saved = SavedState("CD-ROM drive", state)
+        saved.same("blocks", self._medium.blocks, "disc, by its number of blocks,")
+        tray_open, locked = saved.flag("tray_open"), saved.flag("locked")
+        event = saved.choice("event", _EVENTS)
+        attention = _ATTENTIONS[saved.choice("attention", tuple(_ATTENTIONS))]
+        self._tray_open, self._locked, self._event, self._attention = tray_open, locked, event, attention
 
     def attention(self, opcode: int) -> None:
         if self._attention is not None and opcode not in _QUIET:

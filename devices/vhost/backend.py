@@ -6,6 +6,12 @@ size, its addresses and its kick, enabled, and backed by a memory table. Where t
 disabled ring processed "without side effects", ours rests; and where it waits for the first kick, ours looks
 at the ring at once.
 
+With PAGEFAULT guest memory may be filled while it is used ("Postcopy" in vhost-user.rst): the front end
+fetches a userfaultfd (POSTCOPY_ADVISE), and after POSTCOPY_LISTEN SET_MEM_TABLE is answered with the
+addresses of the mappings. Before any ring runs on them, they are registered. The userfaultfd was made before
+the sandbox closed and is kept for as long as it may be needed: were it closed here and by the front end,
+pages not filled yet would read as zeros, and a request under way might write those to a disk.
+
 With INFLIGHT_SHMFD a ring goes on where a back end that died left it (`devices.vhost.inflight`); the position
 SET_VRING_BASE gave is then of no interest.
 """
@@ -17,6 +23,7 @@ import os
 from _socket import socket
 
 from devices.errors import GuestError
+from devices.pager import userfaultfd
 from devices.vhost.channel import Channel
 from devices.vhost.inflight import InflightBuffer, create_buffer
 from devices.vhost.memory_table import MAX_REGIONS, MemoryTable
@@ -102,8 +109,8 @@ class _Ring:
 class Backend:
     """One session with a front end on `channel`, for `device`.
 
-    Owns the channel, the memory and every descriptor received. For one thread, but for
-    `notify_config_changed`.
+    Owns the channel, the memory and every descriptor received, and `uffd`, a userfaultfd of this process or
+    -1: PAGEFAULT is not offered then. For one thread, but for `notify_config_changed`.
     """
 
     __slots__ = (
@@ -111,21 +118,25 @@ class Backend:
         "_device",
         "_features",
         "_inflight",
+        "_listening",
         "_memory",
         "_protocol_features",
         "_requests",
         "_requests_lock",
         "_rings",
         "_status",
+        "_uffd",
     )
 
-    def __init__(self, channel: Channel, device: BackendDevice) -> None:
+    def __init__(self, channel: Channel, device: BackendDevice, uffd: int = -1) -> None:
         self._channel = channel
         self._device = device
         self._features = 0
         self._protocol_features = 0
         self._status = 0
         self._memory = MemoryTable()
+        self._uffd = uffd
+        self._listening = False
         self._inflight: InflightBuffer | None = None
         self._rings = [_Ring(index) for index in range(device.queue_count)]
         self._requests: Channel | None = None
@@ -152,7 +163,7 @@ class Backend:
         try:
             reply = self._dispatch(message)
             if reply is not None:
-                fds = message.fds if message.request == Request.GET_INFLIGHT_FD else ()
+                fds = message.fds if message.request in _REPLIES_WITH_FD else ()
                 self._channel.send(message.request, reply, fds, REPLY)
         finally:
             message.close()
@@ -179,6 +190,7 @@ class Backend:
             ring.kick_known = False
         self._drop_inflight()
         self._memory.close()
+        self._drop_uffd()
         with self._requests_lock:
             if self._requests is not None:
                 self._requests.close()
@@ -231,12 +243,16 @@ class Backend:
                 ring.enabled = True
                 self._start(ring)
 
+    @property
+    def _offered(self) -> int:
+        return PROTOCOL_FEATURES | (ProtocolFeature.PAGEFAULT if self._uffd >= 0 else 0)
+
     def _get_protocol_features(self, message: Message) -> bytes:
-        return U64.pack(PROTOCOL_FEATURES)
+        return U64.pack(self._offered)
 
     def _set_protocol_features(self, message: Message) -> None:
         (features,) = U64.unpack(message.payload)
-        if features & ~PROTOCOL_FEATURES:
+        if features & ~self._offered:
             raise ProtocolError(f"SET_PROTOCOL_FEATURES {features:#x} has features that were not offered")
         self._protocol_features = features
 
@@ -290,8 +306,50 @@ class Backend:
                     payload, MEM_TABLE.size + number * MEM_REGION.size
                 )
                 self._memory.add(gpa, size, user, offset, message.take_fd())
+            if self._listening:
+                self._register_memory(payload)
 
         self._change_memory(replace)
+
+    def _register_memory(self, table: bytes) -> None:
+        """Tell the front end where `table`'s regions are, and have it hear of their missing pages from its
+        acknowledgement on. Nobody has touched them yet.
+        """
+        reply = bytearray(table)
+        addresses = self._memory.addresses()
+        for number, (address, _) in enumerate(addresses):
+            at = MEM_TABLE.size + number * MEM_REGION.size
+            gpa, size, _, offset = MEM_REGION.unpack_from(table, at)
+            MEM_REGION.pack_into(reply, at, gpa, size, address, offset)
+        self._channel.send(Request.SET_MEM_TABLE, bytes(reply), flags=REPLY)
+        confirmation = self._channel.receive()
+        confirmation.close()
+        if confirmation.request != Request.SET_MEM_TABLE or confirmation.payload != bytes(U64.size):
+            raise ProtocolError("SET_MEM_TABLE in postcopy mode was not confirmed")
+        for address, size in addresses:
+            userfaultfd.register(self._uffd, address, size)
+
+    def _postcopy_advise(self, message: Message) -> bytes:
+        if self._uffd < 0:
+            raise ProtocolError("POSTCOPY_ADVISE was not negotiated")
+        message.fds.append(os.dup(self._uffd))  # closed with the message, when the reply is sent
+        return b""
+
+    def _postcopy_listen(self, message: Message) -> bytes:
+        if self._uffd < 0:
+            raise ProtocolError("POSTCOPY_LISTEN was not negotiated")
+        self._listening = True
+        return U64.pack(0)
+
+    def _postcopy_end(self, message: Message) -> bytes:
+        self._listening = False
+        self._drop_uffd()
+        return U64.pack(0)
+
+    def _drop_uffd(self) -> None:
+        if self._uffd >= 0:
+            os.close(self._uffd)
+            self._uffd = -1
 
     def _get_max_mem_slots(self, message: Message) -> bytes:
         return U64.pack(MAX_REGIONS)
@@ -299,6 +357,8 @@ class Backend:
     def _add_mem_reg(self, message: Message) -> None:
         if not message.fds:
             raise ProtocolError("ADD_MEM_REG without a file descriptor")
+        if self._listening:
+            raise ProtocolError("ADD_MEM_REG in postcopy mode is not supported")
         _, gpa, size, user, offset = SINGLE_MEM_REGION.unpack(message.payload)
         self._change_memory(lambda: self._memory.add(gpa, size, user, offset, message.take_fd()))
 
@@ -537,6 +597,8 @@ class Backend:
                 pass  # the front end chose this descriptor; if it cannot be written, nobody listens
 
 
+_REPLIES_WITH_FD = (Request.GET_INFLIGHT_FD, Request.POSTCOPY_ADVISE)
+
 # Request -> what carries it out, the size of its payload (None: it varies), the most descriptors it may
 # bring.
 _HANDLERS: dict[int, tuple[Callable[[Backend, Message], bytes | None], int | None, int]] = {
@@ -559,6 +621,9 @@ _HANDLERS: dict[int, tuple[Callable[[Backend, Message], bytes | None], int | Non
     Request.SET_BACKEND_REQ_FD: (Backend._set_backend_req_fd, 0, 1),
     Request.GET_CONFIG: (Backend._get_config, None, 0),
     Request.SET_CONFIG: (Backend._set_config, None, 0),
+    Request.POSTCOPY_ADVISE: (Backend._postcopy_advise, 0, 0),
+    Request.POSTCOPY_LISTEN: (Backend._postcopy_listen, 0, 0),
+    Request.POSTCOPY_END: (Backend._postcopy_end, 0, 0),
     Request.GET_INFLIGHT_FD: (Backend._get_inflight_fd, None, 0),
     Request.SET_INFLIGHT_FD: (Backend._set_inflight_fd, None, 1),
     Request.RESET_DEVICE: (Backend._reset_device, 0, 0),

@@ -34,10 +34,10 @@ class Connection:
     def fileno(self) -> int:
         return self._channel.fileno()
 
-    def ask(self, request: int, payload: bytes = b"") -> bytes:
+    def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
         """A request that has a reply of its own: the reply's payload."""
         with self._lock:
-            return self._exchange(request, payload)
+            return self._exchange(request, payload, fds)
 
     def ask_fd(self, request: int, payload: bytes) -> tuple[bytes, int]:
         """As `ask`, for a reply that brings a descriptor, which is the caller's."""
@@ -64,6 +64,12 @@ class Connection:
             else:
                 self._send(request, payload, fds)
                 self._exchange(Request.GET_FEATURES)
+
+    def tell(self, request: int, payload: bytes) -> None:
+        """A message that nobody acknowledges, REPLY_ACK or not; it has been taken in when this returns."""
+        with self._lock:
+            self._send(request, payload)
+            self._exchange(Request.GET_FEATURES)
 
     def check_idle(self) -> None:
         """To be called when the socket is readable without a request under way in this thread.

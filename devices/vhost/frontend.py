@@ -8,6 +8,10 @@ A back end that keeps its requests in flight in a shared buffer (INFLIGHT_SHMFD)
 Until then the guest sees a slow device: configuration comes from the copy, kicks stay in their eventfds, and
 what the driver sets up is kept here.
 
+A pause asks where each ring stands (GET_VRING_BASE), which the back end answers when the ring is quiet and
+all it took is answered. From these positions and an empty in-flight buffer this back end goes on, or the one
+that takes its place if it dies meanwhile, or one in another process that was loaded with them.
+
 Locks, outermost first: the transport's, `_session` (the conversation with the back end, a whole restart
 included), the connection's (one request at a time), `_state` (never held while waiting). The main loop waits
 for `_state` only, so a back end that lets a vCPU thread wait does not stop the main loop.
@@ -18,10 +22,12 @@ import socket
 import threading
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from devices.board import Board
 from devices.errors import GuestError
 from devices.memory import GuestMemory
+from devices.state import SavedState
 from devices.vhost.channel import Channel
 from devices.vhost.connection import Connection, Refused
 from devices.vhost.messages import (
@@ -45,6 +51,7 @@ from devices.vhost.messages import (
     ProtocolFeature,
     Request,
 )
+from devices.vhost.postcopy import LazyMemory, share_memory
 from devices.virtio.device import (
     VIRTIO_F_INDIRECT_DESC,
     VIRTIO_F_VERSION_1,
@@ -52,6 +59,7 @@ from devices.virtio.device import (
     VIRTIO_ID_CONSOLE,
     VIRTIO_ID_NET,
     VIRTIO_ID_SCSI,
+    ActiveDriver,
     QueueConfig,
     QueueEvents,
 )
@@ -91,7 +99,7 @@ class VhostUserDevice:
     `name` is for messages. `features` offered to the driver are the back end's as far as `features_mask` lets
     them through. `timeout` bounds each request, a reset included, in which the back end finishes the I/O it
     has begun. `wait_for_end` returns when the process of a back end that has failed is gone: only then is
-    the memory its rings were in the guest's again.
+    the memory its rings were in the guest's again. `lazy` fills memory while it is used.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class VhostUserDevice:
         config_size: int | None = None,
         timeout: float = 10.0,
         wait_for_end: Callable[[], None] = lambda: None,
+        lazy: LazyMemory | None = None,
     ) -> None:
         self.name = name
         self.device_id = device_id
@@ -122,6 +131,7 @@ class VhostUserDevice:
         self._config_generation = 0
         self._timeout = timeout
         self._wait_for_end = wait_for_end
+        self._lazy = lazy
         self._session = threading.Lock()
         self._connection = Connection(sock, timeout)
         self._requests: Channel | None = None
@@ -133,6 +143,12 @@ class VhostUserDevice:
         self._watched: list[int] = []
         # What the driver set up: the features it accepted and its queues, while it is there.
         self._driver: tuple[int, list[QueueConfig]] | None = None
+        self._paused = False
+        # Where the rings stand that are to go on, while none runs. None: the rings run, or a back end died
+        # before it said; then the in-flight buffer knows.
+        self._bases: dict[int, int] | None = None
+        self._written: dict[int, int] = {}  # bytes of configuration that drivers set, by offset
+        self._config_differs = False  # from what the driver of a loaded device has seen
         self._inflight: tuple[int, bytes] | None = None  # the buffer's descriptor and what tells its layout
         self._err_fds: dict[int, int] = {}
         self._events: QueueEvents | None = None
@@ -168,6 +184,13 @@ class VhostUserDevice:
                 self._attempt(partial(self._store_config, offset, data))
 
     def activate(self, features: int, queues: list[QueueConfig], events: QueueEvents) -> None:
+        self._check_queues(queues)
+        with self._session:
+            self._take_driver(features, queues, events, {queue.index: 0 for queue in queues})
+            if not self._paused:
+                self._attempt(self._start_driver)
+
+    def _check_queues(self, queues: list[QueueConfig]) -> None:
         for queue in queues:
             if not 0 <= queue.index < len(self.queue_sizes) or queue.size > self.queue_sizes[queue.index]:
                 raise GuestError(f"{self.name}: there is no queue {queue.index} of size {queue.size}")
@@ -175,20 +198,92 @@ class VhostUserDevice:
             SplitQueue(
                 self._memory, queue.index, queue.size, queue.descriptors, queue.available, queue.used
             ).release()
-        with self._session:
-            self._driver = (features, queues)
-            with self._state:
-                self._events = events
-            self._attempt(partial(self._start_driver, features, queues, events))
+
+    def _take_driver(
+        self, features: int, queues: list[QueueConfig], events: QueueEvents, bases: dict[int, int]
+    ) -> None:
+        self._driver = (features, queues)
+        self._bases = bases
+        with self._state:
+            self._events = events
 
     def set_call(self, queue: int, fd: int) -> None:
         with self._session:
             if self._driver is not None and any(config.index == queue for config in self._driver[1]):
                 self._attempt(partial(self._set_vring_fd, Request.SET_VRING_CALL, queue, fd))
 
+    def pause(self) -> None:
+        """As for every virtio device. A back end that fails here is reported, and the rings' positions come
+        from the next one, when it is there: until then `save` raises ProtocolError.
+        """
+        with self._session:
+            if not self._paused:
+                self._paused = True
+                if self._driver is not None:
+                    self._attempt(self._stop_driver)
+
+    def unpause(self) -> None:
+        with self._session:
+            if not self._paused:
+                return
+            self._paused = False
+            with self._state:
+                events = self._events
+            if self._driver is None or events is None:
+                return
+            self._attempt(self._start_driver)
+            differs, self._config_differs = self._config_differs, False
+        if differs:
+            events.config_changed()
+
+    def save(self) -> dict[str, Any]:
+        with self._session:
+            if self._driver is not None and (self._bases is None or not self._paused):
+                raise ProtocolError(f"{self.name}: the back end has not said where its rings stand")
+            if self._config_stale:
+                self._attempt(self._fetch_config)
+            bases = self._bases if self._driver is not None else None
+            return {
+                "rings": {str(index): base for index, base in bases.items()} if bases is not None else None,
+                "config": self._config.hex(),
+                "written": {str(offset): value for offset, value in sorted(self._written.items())},
+            }
+
+    def load(self, state: dict[str, Any], driver: ActiveDriver | None) -> None:
+        """The configuration may be another than the one saved (a card has another MAC): the driver is told
+        when it goes on. What drivers had written to it is written again.
+        """
+        saved = SavedState(self.name, state)
+        config = saved.data("config", self._config_size)
+        written = saved.record("written")
+        writes = {
+            offset: written.number(str(offset), 0xFF)
+            for offset in range(self._config_size)
+            if str(offset) in saved.mapping("written")
+        }
+        bases = {}
+        if driver is not None:
+            self._check_queues(list(driver.queues))
+            rings = saved.record("rings")
+            known = saved.mapping("rings")
+            # A ring that the guest broke has no position, and rests until the driver resets the device.
+            for queue in driver.queues:
+                if str(queue.index) in known:
+                    bases[queue.index] = rings.number(str(queue.index), 0xFFFF)
+        with self._session:
+            self._paused = True
+            for offset, value in writes.items():
+                self._attempt(partial(self._store_config, offset, bytes((value,))))
+            self._attempt(self._fetch_config)
+            self._config_differs = self._config != config
+            if driver is not None:
+                self._take_driver(driver.features, list(driver.queues), driver.events, bases)
+
     def reset(self) -> None:
         with self._session:
             driver, self._driver = self._driver, None
+            self._bases = None
+            self._config_differs = False
             for queue in driver[1] if driver is not None else ():
                 # The reply comes when the ring is quiet. Where it stood does not matter: the driver starts
                 # over.
@@ -227,6 +322,16 @@ class VhostUserDevice:
             with self._state:
                 self._failed = self._closed
             self._watch_channels()
+
+    def release(self) -> None:
+        """Let the back end go, paused: it finishes, flushes and ends, and `restart` brings another one, perhaps
+        with another image. No failure is reported. Does not wait.
+        """
+        with self._session:
+            with self._state:
+                self._failed = True
+            self._unwatch()
+            self._connection.hang_up()
 
     def resize(self, size: int) -> None:
         """Let a disk have `size` bytes, more than before. The back end makes its image longer, and then says
@@ -269,7 +374,10 @@ class VhostUserDevice:
         features = connection.ask_u64(Request.GET_FEATURES)
         protocol_features = 0
         if features & VHOST_USER_F_PROTOCOL_FEATURES:
-            protocol_features = connection.ask_u64(Request.GET_PROTOCOL_FEATURES) & WANTED_PROTOCOL_FEATURES
+            wanted = WANTED_PROTOCOL_FEATURES
+            if self._lazy is not None:
+                wanted |= ProtocolFeature.PAGEFAULT
+            protocol_features = connection.ask_u64(Request.GET_PROTOCOL_FEATURES) & wanted
             connection.set(Request.SET_PROTOCOL_FEATURES, U64.pack(protocol_features))
             connection.reply_ack = bool(protocol_features & ProtocolFeature.REPLY_ACK)
             self._session_bit = VHOST_USER_F_PROTOCOL_FEATURES
@@ -295,35 +403,86 @@ class VhostUserDevice:
         if self.features & ~offered:
             raise ProtocolError(f"the back end no longer offers features {self.features & ~offered:#x}")
         before = self._config
+        for offset, value in sorted(self._written.items()):
+            self._store_config(offset, bytes((value,)))
         self._forget_config()
         self._fetch_config()
-        if self._driver is not None and events is not None:
+        if self._driver is None or events is None:
+            return
+        if self._bases is None:
             if not self._protocol_features & ProtocolFeature.INFLIGHT_SHMFD:
                 raise ProtocolError("the back end does not know what was in flight")
-            self._start_driver(*self._driver, events, resume=True)
-            if self._config != before:
-                events.config_changed()
+            self._start_driver()
+            if self._paused:
+                # The one before died while it was pausing. This one has taken over what was in flight.
+                self._stop_driver()
+        elif not self._paused:
+            self._start_driver()
+        if self._config != before:
+            events.config_changed()
 
-    def _start_driver(
-        self, features: int, queues: list[QueueConfig], events: QueueEvents, *, resume: bool = False
-    ) -> None:
+    def _stop_driver(self) -> None:
+        """Stop the rings of the driver that is there, and remember where they stand."""
+        if self._driver is None or self._bases is not None:
+            return
+        bases = {}
+        for queue in self._driver[1]:
+            # The reply comes when the ring is quiet.
+            reply = self._connection.ask(Request.GET_VRING_BASE, VRING_STATE.pack(queue.index, 0))
+            if len(reply) != VRING_STATE.size:
+                raise ProtocolError(f"reply to GET_VRING_BASE of {len(reply)} bytes")
+            index, base = VRING_STATE.unpack(reply)
+            if index != queue.index:
+                raise ProtocolError(f"reply to GET_VRING_BASE is about ring {index}, not {queue.index}")
+            bases[index] = base & 0xFFFF
+            # The main loop may not have seen yet that the guest broke this ring. Such a ring does not go on.
+            self._err_readable(index)
+        with self._state:
+            self._bases = {index: base for index, base in bases.items() if index in self._err_fds}
+        self._drop_err_fds()
+        # Nothing is in flight any more, and whoever goes on starts with a buffer that says so.
+        self._drop_inflight()
+
+    def _start_driver(self) -> None:
+        """Start the rings from where they stand, or, when that is not known, from where the in-flight buffer
+        of the back end before this one says.
+        """
+        with self._state:
+            events = self._events
+        if self._driver is None or events is None:
+            return
+        features, queues = self._driver
+        bases, self._bases = self._bases, None
+        if bases is not None:
+            queues = [queue for queue in queues if queue.index in bases]
         connection = self._connection
         connection.set(Request.SET_FEATURES, U64.pack(features & self.features | self._session_bit))
         regions = self._memory.regions
         table = MEM_TABLE.pack(len(regions), 0)
         for region in regions:
             table += MEM_REGION.pack(region.gpa, region.size, USER_ADDRESS_BASE + region.gpa, region.offset)
-        connection.set(Request.SET_MEM_TABLE, table, [region.fd for region in regions])
+        self._share_memory(table, [region.fd for region in regions])
         if self._protocol_features & ProtocolFeature.INFLIGHT_SHMFD:
             self._share_inflight()
         for queue in queues:
-            self._start_ring(queue, events, resume)
+            # The in-flight buffer says it better; this is QEMU's answer for back ends that do not look there.
+            base = bases[queue.index] if bases is not None else self._used_index(queue)
+            self._start_ring(queue, events, base)
         for queue in queues:
             if self._session_bit:
                 connection.set(Request.SET_VRING_ENABLE, VRING_STATE.pack(queue.index, 1))
             # In the specification a ring starts at its first kick, and the driver may have added buffers
             # before DRIVER_OK, or while there was no back end.
             os.eventfd_write(events.kick_fd(queue.index), 1)
+
+    def _share_memory(self, table: bytes, fds: list[int]) -> None:
+        lazy = self._lazy
+        if lazy is not None and lazy.pending:
+            if self._protocol_features & ProtocolFeature.PAGEFAULT:
+                share_memory(self._connection, self.name, table, fds, lazy)
+                return
+            lazy.complete()
+        self._connection.set(Request.SET_MEM_TABLE, table, fds)
 
     def _share_inflight(self) -> None:
         """The buffer is the back end's invention; all we do is to keep it for the next one."""
@@ -336,14 +495,15 @@ class VhostUserDevice:
         fd, layout = self._inflight
         self._connection.set(Request.SET_INFLIGHT_FD, layout, (fd,))
 
-    def _start_ring(self, queue: QueueConfig, events: QueueEvents, resume: bool) -> None:
+    def _used_index(self, queue: QueueConfig) -> int:
+        return int.from_bytes(self._memory.read(queue.used + 2, 2), "little")
+
+    def _start_ring(self, queue: QueueConfig, events: QueueEvents, base: int) -> None:
         index = queue.index
         err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         with self._state:
             self._err_fds[index] = err_fd
         self._board.watch(err_fd, partial(self._err_readable, index))
-        # The in-flight buffer says it better; this is QEMU's answer for back ends that do not look there.
-        base = int.from_bytes(self._memory.read(queue.used + 2, 2), "little") if resume else 0
         self._connection.set(Request.SET_VRING_NUM, VRING_STATE.pack(index, queue.size))
         self._connection.set(Request.SET_VRING_BASE, VRING_STATE.pack(index, base))
         addresses = (USER_ADDRESS_BASE + gpa for gpa in (queue.descriptors, queue.used, queue.available))
@@ -378,6 +538,8 @@ class VhostUserDevice:
             self._connection.set(Request.SET_CONFIG, CONFIG.pack(offset, len(data), CONFIG_BY_DRIVER) + data)
         except Refused:
             pass  # a read-only field: the write is lost, as on any device
+        else:
+            self._written.update(enumerate(data, offset))
         self._forget_config()
 
     def _forget_config(self) -> None:

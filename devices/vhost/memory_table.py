@@ -6,6 +6,7 @@ addresses, the front end's own. They are only names here: found in the table, ne
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 from devices.errors import GuestError
@@ -62,6 +63,13 @@ class MemoryTable:
         raise ProtocolError(
             f"no memory region {gpa:#x}+{size:#x} at user address {user_address:#x} to remove"
         )
+
+    def addresses(self) -> list[tuple[int, int]]:
+        """Where each region is mapped in this process, and its size, in the order they were added."""
+        return [
+            (ctypes.addressof(ctypes.c_char.from_buffer(region.mapping)), region.size)
+            for _, region in self._regions
+        ]
 
     def guest_address(self, user_address: int) -> int:
         """The guest-physical address of a user address.

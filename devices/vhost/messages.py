@@ -36,6 +36,9 @@ class Request:
     SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
+    POSTCOPY_ADVISE = 28
+    POSTCOPY_LISTEN = 29
+    POSTCOPY_END = 30
     GET_INFLIGHT_FD = 31
     SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
@@ -58,6 +61,7 @@ class ProtocolFeature:
     MQ = 1 << 0
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
+    PAGEFAULT = 1 << 8
     CONFIG = 1 << 9
     BACKEND_SEND_FD = 1 << 10
     INFLIGHT_SHMFD = 1 << 12

@@ -3,10 +3,13 @@
 
 VMM process. A device here may do its work in this process (rng) or stand for one that lives in a worker
 (`devices.vhost.frontend`): the transport cannot tell.
+
+To be saved a device is paused. `load` puts a device just built into the state that `pause` leaves behind, so
+that `unpause` is the one way from there to serving, whichever process the pause was in.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 # Device types, virtio 1.2 chapter 5.
 VIRTIO_ID_NET = 1
@@ -60,9 +63,18 @@ class QueueEvents(Protocol):
         """Set DEVICE_NEEDS_RESET and tell the guest; the transport logs the reason once."""
 
 
+@dataclass(frozen=True, slots=True)
+class ActiveDriver:
+    """What `VirtioDevice.activate` was given, kept for a device that is loaded."""
+
+    features: int
+    queues: tuple[QueueConfig, ...]
+    events: QueueEvents
+
+
 class VirtioDevice(Protocol):
     """A device behind a transport. The transport calls these with its lock held, one at a time, from vCPU
-    threads.
+    threads; the four about pausing from any thread, while no vCPU is in the guest.
     """
 
     device_id: int
@@ -85,6 +97,27 @@ class VirtioDevice(Protocol):
     def reset(self) -> None:
         """Stop serving and forget the driver. Returns when no ring is touched any more. Fine when not
         active.
+        """
+
+    def pause(self) -> None:
+        """Hold still, active or not. Returns when no ring is touched any more and each request taken is
+        answered, and remembers where each ring stands. May wait for a worker; twice is once.
+        """
+
+    def unpause(self) -> None:
+        """Go on where `pause` or `load` left off, and look at each ring as if it were kicked. May wait for a
+        worker; nothing when not paused.
+        """
+
+    def save(self) -> dict[str, Any]:
+        """What `load` needs: JSON-able, of a paused device. Raises OSError or ProtocolError when a worker
+        that failed while it was pausing has not said where its rings stand.
+        """
+
+    def load(self, state: dict[str, Any], driver: ActiveDriver | None) -> None:
+        """Put this device, just built and of the same configuration, into the paused state that `state`
+        describes; `driver` is the one that has it active, if any. Raises ValueError for a state that cannot
+        be, and GuestError for rings that cannot; the device can only be closed then.
         """
 
     def close(self) -> None: ...

@@ -62,6 +62,11 @@ class LegacyRegisters:
         self._kicks: list[Kick] = []
         function.add_bar(bar, BarKind.IO, BAR_SIZE, self, self._mapped, self._unmapped)
 
+    @property
+    def running(self) -> bool:
+        """Whether a driver of this layout has the device running."""
+        return self._running
+
     def start_kicks(self) -> None:
         """The driver has the device running: catch its notifications. Function's lock held."""
         self._running = True

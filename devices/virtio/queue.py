@@ -202,6 +202,12 @@ class SplitQueue:
             tracker.counter = counter + 1
         return chain
 
+    def waiting(self) -> int:
+        """How many chains the driver has made available that were not popped: at most `size`, as `pop`
+        judges the ring.
+        """
+        return min((self._available[1] - self.next_avail) & 0xFFFF, self.size)
+
     def unpop(self, chain: Chain) -> None:
         """Make the chain that was popped last, and not pushed, available again: the next `pop` takes it.
 
@@ -212,11 +218,29 @@ class SplitQueue:
             raise ValueError(f"queue {self.index}: head {head} is not the one popped last")
         self._last_popped = -1
         if self._tracker is not None:
-            # It stays marked, and its place in the available ring may be one of long ago.
             self._resubmit.append(head)
+            self._rewind()
             return
         self.next_avail = (self.next_avail - 1) & 0xFFFF
         self.in_flight.remove(head)
+
+    def _rewind(self) -> None:
+        """Take back the marks of the chains to resubmit, if the position in the available ring can say the
+        same: it is what a front end asks for when it goes on elsewhere, without the tracker.
+
+        It cannot when other chains are in flight, or when an earlier back end took these in another order.
+        The guest may change the entries, and then confuses nobody but its own driver.
+        """
+        waiting = self._resubmit[::-1]
+        first = (self.next_avail - len(waiting)) & 0xFFFF
+        entries = [self._available[2 + (first + number & self._mask)] for number in range(len(waiting))]
+        if (states := self._states) is None or entries != waiting or self.in_flight != set(waiting):
+            return
+        for head in waiting:
+            states[2 * head] = 0
+        self._resubmit.clear()
+        self.in_flight.clear()
+        self.next_avail = first
 
     def _walk(self, head: int) -> Chain:
         view = self._memory.view

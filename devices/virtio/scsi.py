@@ -11,6 +11,7 @@ about, provided that the request queue is served first: see `_serve_control`.
 """
 
 import struct
+from typing import Any
 
 from devices.block.transfer import slice_buffers
 from devices.board import Board
@@ -20,6 +21,7 @@ from devices.scsi.cdrom import MAX_TRANSFER, CdRom
 from devices.scsi.medium import Medium
 from devices.scsi.target import REPORT_LUNS_UNIT, Target
 from devices.scsi.unit import Overrun
+from devices.state import SavedState
 from devices.virtio.blk import scatter
 from devices.virtio.device import VIRTIO_ID_SCSI
 from devices.virtio.inprocess import InProcessDevice
@@ -124,6 +126,13 @@ class ScsiDevice(InProcessDevice):
     def stopped(self) -> None:
         self._set_sizes(DEFAULT_SENSE_SIZE, DEFAULT_CDB_SIZE)
         self._drive.reset()
+
+    def save_own(self) -> dict[str, Any]:
+        return {"sense_size": self._sense_size, "cdb_size": self._cdb_size, "drive": self._drive.save()}
+
+    def load_own(self, saved: SavedState) -> None:
+        self._drive.load(saved.mapping("drive"))
+        self._set_sizes(saved.number("sense_size", MAX_SENSE_SIZE), saved.number("cdb_size", MAX_CDB_SIZE))
 
     def serve(self, index: int, queue: SplitQueue) -> bool:
         if index == REQUEST_QUEUE:

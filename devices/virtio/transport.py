@@ -14,16 +14,17 @@ ever waits for `lock`, and a reset that waits for either of them cannot deadlock
 and the board's line is called with the leaf held.
 """
 
-import logging
 import os
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 from devices.board import Board
 from devices.errors import GuestError
 from devices.pci.bars import BarKind
 from devices.pci.function import PciFunction
 from devices.pci.msix import MsiX
+from devices.state import SavedState
 from devices.virtio.device import (
     DEVICE_NEEDS_RESET,
     DRIVER_OK,
@@ -35,13 +36,12 @@ from devices.virtio.device import (
     VIRTIO_ID_ENTROPY,
     VIRTIO_ID_NET,
     VIRTIO_ID_SCSI,
+    ActiveDriver,
     QueueConfig,
     VirtioDevice,
 )
 from devices.virtio.legacy import LegacyRegisters, ring_addresses
 from devices.virtio.modern import ModernRegisters
-
-logger = logging.getLogger(__name__)
 
 VIRTIO_VENDOR = 0x1AF4
 MODERN_DEVICE_BASE = 0x1040  # plus the device type
@@ -78,6 +78,7 @@ ISR_QUEUE = 1
 ISR_CONFIG = 2
 NO_VECTOR = 0xFFFF
 
+MAX_ADDRESS = (1 << 64) - 1
 FEATURE_WORDS = 4  # drivers may select more than the 64 bits that exist; these words are kept to be refused
 
 
@@ -161,6 +162,7 @@ class VirtioPciFunction(PciFunction):
         if self.queues:
             self.legacy_features |= VIRTIO_F_ANY_LAYOUT
         self.driver_features = 0
+        self.negotiated = 0  # what the device was activated with
         self.status = 0
         self.device_feature_select = 0
         self.driver_feature_select = 0
@@ -228,19 +230,22 @@ class VirtioPciFunction(PciFunction):
                 self.needs_reset("the driver set DRIVER_OK without agreeing on features")
                 return
             features &= self.legacy_features
-        queues = [
+        try:
+            self.device.activate(features, self._enabled_queues(), self)
+        except GuestError as error:
+            self.needs_reset(str(error))
+            return
+        self.negotiated = features
+        self.active = True
+        if legacy and self._legacy is not None:
+            self._legacy.start_kicks()
+
+    def _enabled_queues(self) -> list[QueueConfig]:
+        return [
             QueueConfig(queue.index, queue.size, queue.descriptors, queue.available, queue.used)
             for queue in self.queues
             if queue.enabled
         ]
-        try:
-            self.device.activate(features, queues, self)
-        except GuestError as error:
-            self.needs_reset(str(error))
-            return
-        self.active = True
-        if legacy and self._legacy is not None:
-            self._legacy.start_kicks()
 
     def reset(self) -> None:
         """Device reset (2.4). When it returns the rings are quiet and all is as before the driver came."""
@@ -248,7 +253,7 @@ class VirtioPciFunction(PciFunction):
         if self._legacy is not None:
             self._legacy.stop_kicks()
         self.device.reset()
-        self.driver_features = 0
+        self.driver_features = self.negotiated = 0
         self.device_feature_select = 0
         self.driver_feature_select = 0
         self.queue_select = 0
@@ -369,10 +374,12 @@ class VirtioPciFunction(PciFunction):
         with self._signal_lock:
             self.status |= DEVICE_NEEDS_RESET
             self._raise_config()
+            import logging  # here: it is rare, and every start would pay
+
             # A guest may break its device again and again: it does not get to fill the log.
             level = logging.DEBUG if self._reported else logging.WARNING
             self._reported = True
-        logger.log(level, "%s needs a reset: %s", self.name, reason)
+        logging.getLogger(__name__).log(level, "%s needs a reset: %s", self.name, reason)
 
     # Interrupts.
 
@@ -411,6 +418,117 @@ class VirtioPciFunction(PciFunction):
                 if queue.enabled:
                     self.device.set_call(queue.index, self.call_fd(queue.index))
 
+    # Pause and state.
+
+    @property
+    def description(self) -> str:
+        return self.name
+
+    def pause(self) -> None:
+        with self.lock:
+            self.device.pause()
+            # What the device signalled before it held still, and the main loop has not seen yet.
+            self._intx_signalled()
+            if self.msix is not None:
+                self.msix.pause()
+
+    def unpause(self) -> None:
+        with self.lock:
+            if self.msix is not None:
+                self.msix.unpause()
+            self.device.unpause()
+
+    def save(self) -> dict[str, Any]:
+        """Kicks are not saved: `unpause` has every ring looked at."""
+        with self.lock:
+            state = super().save()
+            state["device_features"] = self.features
+            state["msix"] = self.msix.save() if self.msix is not None else None
+            with self._signal_lock:
+                state["virtio"] = {
+                    "status": self.status,
+                    "isr": self.isr,
+                    "config_generation": self.config_generation,
+                    "driver_features": self.driver_features,
+                    "negotiated": self.negotiated,
+                    "device_feature_select": self.device_feature_select,
+                    "driver_feature_select": self.driver_feature_select,
+                    "queue_select": self.queue_select,
+                    "config_vector": self.config_vector,
+                    "active": self.active,
+                    "legacy": self._legacy is not None and self._legacy.running,
+                    "queues": [_save_queue(queue) for queue in self.queues],
+                }
+            state["state"] = self.device.save()
+            return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """All is checked before the device hears of it, and the device is told last."""
+        super().load(state)
+        saved = SavedState(self.name, state)
+        registers = saved.record("virtio")
+        device_state = saved.mapping("state")
+        saved.same("device_features", self.features, "set of features")
+        status = registers.number("status", 0xFF)
+        isr = registers.bits("isr", ISR_QUEUE | ISR_CONFIG)
+        generation = registers.number("config_generation", 0xFF)
+        driver_features = registers.number("driver_features", (1 << 32 * FEATURE_WORDS) - 1)
+        negotiated = registers.bits("negotiated", self.features | self.legacy_features)
+        selects = [
+            registers.number(name, 0xFFFFFFFF) for name in ("device_feature_select", "driver_feature_select")
+        ]
+        queue_select = registers.number("queue_select", 0xFFFF)
+        config_vector = self._load_vector(registers, "config_vector")
+        active, legacy = registers.flag("active"), registers.flag("legacy")
+        if legacy and (self._legacy is None or not active):
+            raise registers.wrong("legacy", "is true without a driver of that layout")
+        queues = [
+            self._load_queue(queue, self.queues[index])
+            for index, queue in enumerate(registers.records("queues", len(self.queues)))
+        ]
+        with self.lock:
+            if self.msix is not None:
+                self.msix.load(saved.mapping("msix"), self.name)
+            elif not saved.absent("msix"):
+                raise saved.wrong("msix", "is there, and this function has none")
+            self.queues = queues
+            self.driver_features, self.negotiated = driver_features, negotiated
+            self.device_feature_select, self.driver_feature_select = selects
+            self.queue_select, self.config_vector = queue_select, config_vector
+            driver = ActiveDriver(negotiated, tuple(self._enabled_queues()), self) if active else None
+            try:
+                self.device.load(device_state, driver)
+            except GuestError as error:
+                raise ValueError(f"the saved state of {self.name}: {error}") from None
+            self.active = active
+            with self._signal_lock:
+                self.status, self.isr, self.config_generation = status, isr, generation
+                self._update_pin()
+            if legacy and self._legacy is not None:
+                self._legacy.start_kicks()
+
+    def _load_vector(self, saved: SavedState, key: str) -> int:
+        vector = saved.number(key, NO_VECTOR)
+        if self.valid_vector(vector) != vector:
+            raise saved.wrong(key, "is a vector that this function has not")
+        return vector
+
+    def _load_queue(self, saved: SavedState, queue: TransportQueue) -> TransportQueue:
+        saved.same("max_size", queue.max_size, "size")
+        size = saved.number("size", queue.max_size, 1)
+        if size & (size - 1):
+            raise saved.wrong("size", "is no power of two")
+        return TransportQueue(
+            queue.index,
+            queue.max_size,
+            size,
+            saved.number("descriptors", MAX_ADDRESS),
+            saved.number("available", MAX_ADDRESS),
+            saved.number("used", MAX_ADDRESS),
+            saved.flag("enabled"),
+            self._load_vector(saved, "vector"),
+        )
+
     def close(self) -> None:
         """Unmap, close the device, then everything it was lent. The vCPUs have stopped."""
         super().close()
@@ -430,6 +548,18 @@ class VirtioPciFunction(PciFunction):
                 self.intx.set_asserted(False)
             if self.msix is not None:
                 self.msix.close()
+
+
+def _save_queue(queue: TransportQueue) -> dict[str, Any]:
+    return {
+        "max_size": queue.max_size,
+        "size": queue.size,
+        "descriptors": queue.descriptors,
+        "available": queue.available,
+        "used": queue.used,
+        "enabled": queue.enabled,
+        "vector": queue.vector,
+    }
 
 
 def _eventfd() -> int:

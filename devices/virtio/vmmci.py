@@ -12,8 +12,10 @@ and the microseconds of it (8 at 12). The time is taken when the byte at 4 is re
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
-from devices.virtio.device import QueueConfig, QueueEvents
+from devices.state import SavedState
+from devices.virtio.device import ActiveDriver, QueueConfig, QueueEvents
 from devices.virtio.transport import PciIdentity
 
 VIRTIO_ID_VMMCI = 0xFFFF  # OpenBSD's private id
@@ -146,6 +148,32 @@ class Vmmci:
             self._command = VMMCI_NONE
             self._waiting = False
         if gone:
+            self._on_driver()
+
+    def pause(self) -> None:
+        """There is no ring. A command sent meanwhile is in the configuration that the driver reads later."""
+
+    def unpause(self) -> None:
+        """As `pause`."""
+
+    def save(self) -> dict[str, Any]:
+        with self._lock:
+            return {"command": self._command, "waiting": self._waiting, "time": self._time.hex()}
+
+    def load(self, state: dict[str, Any], driver: ActiveDriver | None) -> None:
+        saved = SavedState("vmmci", state)
+        command = saved.number("command", VMMCI_SYNCRTC)
+        waiting = saved.flag("waiting")
+        if waiting and command not in (VMMCI_SHUTDOWN, VMMCI_REBOOT):
+            raise saved.wrong("waiting", "is true without a command that is acknowledged")
+        if command and driver is None:
+            raise saved.wrong("command", "is there without a driver")
+        time_read = saved.exactly("time", len(self._time))
+        with self._lock:
+            self._command, self._waiting, self._time = command, waiting, time_read
+            if driver is not None:
+                self._events, self._accepted = driver.events, driver.features
+        if driver is not None:
             self._on_driver()
 
     def close(self) -> None:

@@ -16,7 +16,10 @@ from devices.worker.sandbox import package_root
 
 FIRST_FD = 3
 MAX_STDERR = 4096
-STUB = "import sys; sys.path[0:0] = [{root!r}]\nfrom devices.worker.main import main; main()"
+STUB = "import sys; sys.path[0:0] = [{root!r}]\nfrom {module} import main; main()"
+# Which module has `main`: a device's worker imports disks and rings, of which the pager needs nothing.
+ENTRY_POINT = "devices.worker.main"
+ENTRY_POINTS = {"pager": "devices.pager.main"}
 # glibc of some Python builds is found through the first; the second is the debugging switch.
 PASSED_ENVIRONMENT = ("LD_LIBRARY_PATH", "VMRUN_DEBUG")
 # How long a killed process may take to be gone: it may sit in uninterruptible I/O.
@@ -118,7 +121,7 @@ def launch(kind: str, name: str, arguments: Mapping[str, str], fds: Mapping[str,
     """Start a worker and return at once; the handshake on its channel tells when it is ready.
 
     `fds` become words like `image=4`, naming a duplicate in the worker; the caller keeps its own. See
-    `devices.worker.main` for kinds and words. Raises OSError.
+    `devices.worker.main` for kinds and words; `devices.pager.main` is one more. Raises OSError.
 
     Call it from a thread that lives as long as the VMM: the worker dies with that thread (PR_SET_PDEATHSIG).
     """
@@ -159,7 +162,7 @@ def launch(kind: str, name: str, arguments: Mapping[str, str], fds: Mapping[str,
 
 def worker_command(kind: str, name: str, words: list[str]) -> tuple[list[str], dict[str, str]]:
     """What to execute, and in which environment."""
-    stub = STUB.format(root=package_root())
+    stub = STUB.format(root=package_root(), module=ENTRY_POINTS.get(kind, ENTRY_POINT))
     environment = {key: os.environ[key] for key in PASSED_ENVIRONMENT if key in os.environ}
     return [sys.executable, "-I", "-S", "-c", stub, kind, name, *words], environment
 

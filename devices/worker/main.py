@@ -18,7 +18,8 @@ Kinds and their other words:
           of `hostmac`, the tap's own MAC. Nobody tells a worker that the tap's MAC changed later, and nobody
           need: clients broadcast their requests, and find the host by ARP before they send it anything else.
 
-Any kind: parent=PID, the process to die with.
+Any kind: parent=PID, the process to die with; userfault=FD, an open /dev/userfaultfd, for guest memory that
+is filled while it is used (devices.pager).
 
 A worker that fails says so in one line on stderr and exits with EXIT_FAILURE, or EXIT_IMAGE when its disk
 image is to blame. With VMRUN_DEBUG in the environment it also says what the sandbox could not do, and shows
@@ -35,6 +36,7 @@ from devices.block import zstd
 from devices.block.open import open_image
 from devices.errors import GuestError, ImageError
 from devices.net.dhcp import Lease
+from devices.pager import userfaultfd
 from devices.vhost.backend import Backend
 from devices.vhost.channel import Channel
 from devices.vhost.messages import ProtocolError
@@ -120,7 +122,7 @@ class Complaint:
 class Options:
     """The command line, checked."""
 
-    __slots__ = ("backing", "channel", "fd", "journal", "kind", "name", "parent", "words")
+    __slots__ = ("backing", "channel", "fd", "journal", "kind", "name", "parent", "userfault", "words")
 
     def __init__(self, arguments: list[str]) -> None:
         """Raises ValueError, naming the word that is wrong."""
@@ -137,6 +139,7 @@ class Options:
         self.fd = self._number(KINDS[self.kind])
         self.parent = self._number("parent") if "parent" in self.words else None
         self.journal = self._number("journal") if "journal" in self.words else None
+        self.userfault = self._number("userfault") if "userfault" in self.words else None
         self.backing: list[tuple[str, int]] = []
         if "backing" in self.words:
             for index, fmt in enumerate(self.words["backing"].split(",")):
@@ -228,16 +231,21 @@ def serve(options: Options, complaint: Complaint) -> None:
     os.dup2(null, 0)
     os.dup2(null, 1)
     os.close(null)
+    uffd = -1
+    if options.userfault is not None:
+        uffd = userfaultfd.create(options.userfault)
+        os.close(options.userfault)
     complaint.rehearse()
     if options.words.get("zstd") == "1":
         zstd.load()
-    refused = sandbox.enter((0, 1, 2, sock.fileno(), *options.fds), options.parent)
+    own = (uffd,) if uffd >= 0 else ()
+    refused = sandbox.enter((0, 1, 2, sock.fileno(), *own, *options.fds), options.parent)
     if complaint.debug:
         for layer, why in refused:
             complaint.say(f"sandbox without {layer}: {why}")
     server = RingServer(open_device(options), complaint.report, complaint.fatal)
     try:
-        Backend(Channel(sock), server).serve()
+        Backend(Channel(sock), server, uffd).serve()
     finally:
         server.close()
 

@@ -106,16 +106,19 @@ def _fail() -> None:
     raise OSError(error, os.strerror(error))
 
 
-def enter(keep: tuple[int, ...], parent: int | None = None) -> list[tuple[str, str]]:
+def enter(
+    keep: tuple[int, ...], parent: int | None = None, allowed: tuple[seccomp.Allow, ...] = seccomp.ALLOWED
+) -> list[tuple[str, str]]:
     """Give up everything but the descriptors `keep`. Returns (layer, why not) for optional layers this host
     refuses.
 
-    `parent` is the process to die with. Everything that will ever be imported must be imported by now. Raises
-    OSError when a required layer cannot be had, and then the process must end.
+    `parent` is the process to die with, `allowed` are the system calls left. Everything that will ever be
+    imported must be imported by now. Raises OSError when a required layer cannot be had, and then the process
+    must end.
     """
     if _thread._count():
         raise OSError(0, "a thread was started before the sandbox: it would stay outside")
-    program = seccomp.assemble()
+    program = seccomp.assemble(allowed)
     refused: list[tuple[str, str]] = []
 
     def attempt(layer: str, step: Callable[[], None]) -> bool:

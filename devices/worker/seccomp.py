@@ -15,6 +15,8 @@ The filter is classic BPF, assembled by hand because a worker sees no site-packa
 import ctypes
 import struct
 
+from devices.pager.userfaultfd import UFFDIO_COPY, UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_ZEROPAGE
+
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 PR_SET_SECCOMP = 22
@@ -140,8 +142,22 @@ ALLOWED = (
     Allow("rt_sigaction", 13, "glibc, before the first thread; abort() resets SIGABRT's"),
     Allow("restart_syscall", 219, "the kernel, when a stopped process goes on"),
     Allow("clock_gettime", 228, "the clock on hosts whose vDSO cannot tell it"),
+    # Of its own address space, which is all that the worker's userfaultfd can reach.
+    Allow("ioctl", 16, "guest memory that is not filled yet is registered", Condition(1, (UFFDIO_REGISTER,))),
     Allow("exit", 60, "a thread ends"),
     Allow("exit_group", 231, "the worker ends"),
+)
+
+# The pager (devices.pager.main) serves no ring and writes no file: what it shares with workers, and what it
+# is for.
+_PAGER_SHARES = (
+    *("epoll_wait", "read", "write", "preadv2", "preadv", "futex", "recvmsg", "sendmsg", "poll", "close"),
+    *("shutdown", "fcntl", "epoll_ctl", "mmap", "munmap", "mremap", "mprotect", "madvise", "brk", "getpid"),
+    *("rt_sigreturn", "rt_sigaction", "restart_syscall", "clock_gettime", "exit", "exit_group"),
+)
+PAGER_ALLOWED = (
+    *(entry for entry in ALLOWED if entry.name in _PAGER_SHARES),
+    Allow("ioctl", 16, "missing pages are filled", Condition(1, (UFFDIO_COPY, UFFDIO_ZEROPAGE, UFFDIO_WAKE))),
 )
 
 # (name, number, errno): calls that fail softly, with the error their callers have an answer for.

@@ -273,7 +273,7 @@ def test_ipxe_boots_from_our_network_worker_in_qemu(program: bytes, tmp_path: Pa
     [
         (["--firmware", "/dev/null"], EXIT_IMAGE, "not a regular file"),
         (["--firmware", "{folder}/odd"], EXIT_IMAGE, "such as SeaBIOS"),
-        (["--firmware", "{folder}/missing"], EXIT_IMAGE, "No such file"),
+        (["--firmware", "{folder}/missing"], EXIT_IMAGE, "no such file"),
         (["--firmware", str(SEABIOS), "--append", "quiet"], EXIT_USAGE, "leave out --kernel"),
         (["--nic", "tap0,rom=x.rom"], EXIT_USAGE, "add --firmware"),
         (

@@ -204,7 +204,7 @@ def test_damaged_bzimage_is_refused_or_sound(changes: list[tuple[int, int]]) -> 
 def test_file_image_refusals(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for path, message in (
-        (tmp_path / "none", "No such file"),
+        (tmp_path / "none", "no such file"),
         (tmp_path, "not a regular file"),
         (tmp_path / "fifo", "not a regular file"),
         (Path("a\0b"), "null"),

@@ -33,9 +33,12 @@ def expect_usage_error(arguments: list[str], text: str, capsys: pytest.CaptureFi
         (["bot"], "Did you mean 'boot'?"),
         (["--versoin"], "--version"),
         (["boot", "--dsk", "x"], "--disk"),
-        (["boot", "--nic"], "requires an argument"),
+        (["boot", "--nic"], "requires an argument (see vmrun boot --help)"),
+        (["boot", "--cdrom", "a.iso", "--cdrom=b.iso"], "--cdrom may be given once (see vmrun boot --help)"),
+        (["boot", "--mem", "100T"], "--mem 100T: more memory than this host has: give at most"),
+        (["boot", "--nic", "tap0,ip=1.2.3"], "as in ip=172.16.0.1/24"),
         (["boot", "x.qcow2"], "unexpected extra argument"),
-        (["boot", "--cpus", "many"], "'--cpus'"),
+        (["boot", "--cpus", "many"], "--cpus many: give a whole number"),
         (["boot", "--cpus", "0"], "--cpus 0: give 1 to 64"),
         (["boot", "--mem", "12"], "--mem 12: say the unit"),
         (["boot", "--mem", "1M"], "at least 2 MiB"),
@@ -200,6 +203,26 @@ def test_closed_standard_files_are_no_trap() -> None:
     )
     shell = f'exec "{sys.executable}" -c "$0" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", shell, program], cwd=ROOT).returncode == 3
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_the_end_loses_nothing(threads: int, debug: str) -> None:
+    """Though the interpreter is not taken apart: what was registered is done, threads are waited for."""
+    program = (
+        "import atexit, sys, threading; from vmrun import cli\n"
+        "atexit.register(sys.stderr.write, 'atexit ')\n"
+        "begin = threading.Event()\n"
+        f"for _ in range({threads}):\n"
+        "    threading.Thread(target=lambda: (begin.wait(), sys.stderr.write('thread '))).start()\n"
+        "print('printed'); cli.run = lambda words: begin.set() or 259; cli.main()"
+    )
+    environment = {**os.environ, "VMRUN_DEBUG": debug}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (run.returncode, run.stdout) == (3, "printed\n")
+    assert sorted(run.stderr.split()) == ["atexit", "thread"][: 1 + threads]
 
 
 def test_a_reader_that_has_gone_makes_no_noise() -> None:

@@ -40,11 +40,29 @@ class StrawVcpu:
         return sum(thread.is_alive() for thread in self.threads)
 
 
+class StrawDevices:
+    """Says what was asked of it, and where the vCPUs were then."""
+
+    def __init__(self, vcpus: list[StrawVcpu]) -> None:
+        self.vcpus = vcpus
+        self.said: list[tuple[str, int]] = []
+
+    def pause(self) -> None:
+        self.said.append(("pause", self.alive()))
+
+    def unpause(self) -> None:
+        self.said.append(("unpause", self.alive()))
+
+    def alive(self) -> int:
+        return sum(thread.is_alive() for vcpu in self.vcpus for thread in vcpu.threads)
+
+
 class Stage:
     def __init__(self) -> None:
         self.loop = EventLoop()
         self.vcpus = [StrawVcpu(0), StrawVcpu(1)]
-        self.pause = Pause(self.loop, self.vcpus)  # type: ignore[arg-type]
+        self.devices = StrawDevices(self.vcpus)
+        self.pause = Pause(self.loop, self.vcpus, self.devices)  # type: ignore[arg-type]
         self.answers: list[str | None] = []
 
     def done(self, error: str | None) -> None:
@@ -83,6 +101,29 @@ def test_pausing_and_resuming(stage: Stage) -> None:
         stage.pause.resume()
         assert not stage.pause.paused
         assert [vcpu.parked() for vcpu in stage.vcpus] == [0, 0]
+        # With no vCPU in the guest, both times: all of them wait in their threads.
+        assert stage.devices.said == [("pause", 2), ("unpause", 2)] * cycle
+
+
+def test_work_is_done_while_nothing_moves(stage: Stage) -> None:
+    with pytest.raises(ValueError, match="not paused"):
+        stage.pause.do(stage.devices.pause)
+    stage.pause.pause(stage.done)
+    stage.run()
+    stage.pause.do(lambda: stage.devices.said.append(("work", stage.devices.alive())))
+    stage.pause.resume()
+    assert [vcpu.parked() for vcpu in stage.vcpus] == [0, 0]
+    assert stage.devices.said == [("pause", 2), ("work", 2), ("unpause", 2)]
+
+
+def test_the_first_does_not_come(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pauses, "PAUSE_SECONDS", 0.05)
+    stage.vcpus[0].stuck = True
+    stage.pause.pause(stage.done)
+    stage.run()
+    assert stage.answers == ["vCPU 0 does not leave the guest within 0.05 s"]
+    assert stage.vcpus[1].parked() == 0
+    assert stage.devices.said == []
 
 
 def test_all_must_acknowledge(stage: Stage) -> None:

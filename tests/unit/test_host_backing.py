@@ -42,7 +42,7 @@ def qcow2(
 
 
 def config(path: Path, read_only: bool = False) -> DiskConfig:
-    return DiskConfig(path, "qcow2" if path.suffix == ".qcow2" else "raw", read_only, backing=Path("/"))
+    return DiskConfig(path, "qcow2" if path.suffix == ".qcow2" else "raw", read_only, backing=(Path("/"),))
 
 
 def test_a_backing_file_elsewhere_must_be_allowed(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_backing_file_elsewhere_must_be_allowed(tmp_path: Path) -> None:
     above = qcow2(here / "above.qcow2", "../elsewhere/base.qcow2")
     for path in (top, through_link, above):
         assert f"backing={base.parent}" in refusal(DiskConfig(path, "qcow2"))
-        with Disks([DiskConfig(path, "qcow2", backing=elsewhere)]) as disks:
+        with Disks([DiskConfig(path, "qcow2", backing=(elsewhere,))]) as disks:
             assert len(list(disks)) == 1
 
 

@@ -6,10 +6,6 @@ seconds. Magic numbers are those of lib/decompress.c; lz4 is the legacy frame, t
 knows. The lz4 and zstandard packages are imported only when such data is met.
 """
 
-import bz2
-import lzma
-import zlib
-
 from vmrun.errors import EXIT_IMAGE, UserError
 
 # A dictionary or window larger than this is refused: the header chooses how much memory the decoder
@@ -91,6 +87,8 @@ def _checked(output: bytes, ended: bool, limit: int) -> bytes:
 
 
 def _gzip(data: bytes, limit: int) -> tuple[bytes, int]:
+    import zlib
+
     decoder = zlib.decompressobj(wbits=31)
     try:
         output = decoder.decompress(data, limit + 1)
@@ -100,6 +98,8 @@ def _gzip(data: bytes, limit: int) -> tuple[bytes, int]:
 
 
 def _lzma(data: bytes, method: str, limit: int) -> tuple[bytes, int]:
+    import lzma
+
     container = lzma.FORMAT_XZ if method == "xz" else lzma.FORMAT_ALONE
     decoder = lzma.LZMADecompressor(container, memlimit=_DECODER_MEMORY)
     try:
@@ -110,6 +110,8 @@ def _lzma(data: bytes, method: str, limit: int) -> tuple[bytes, int]:
 
 
 def _bzip2(data: bytes, limit: int) -> tuple[bytes, int]:
+    import bz2
+
     decoder = bz2.BZ2Decompressor()
     try:
         output = decoder.decompress(data, limit + 1)

@@ -38,8 +38,8 @@ class FileImage:
             # O_NONBLOCK: a FIFO must be refused below, not waited for here.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
-            raise UserError(f"{self.name}: {reason}", EXIT_IMAGE) from None
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            raise UserError(f"{self.name}: {reason.lower()}", EXIT_IMAGE) from None
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(self._fd)

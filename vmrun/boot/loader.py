@@ -13,7 +13,6 @@ from vmrun.boot.bzimage import SetupHeader, extract_kernel, is_bzimage, read_set
 from vmrun.boot.cpustate import CpuState
 from vmrun.boot.elf import ElfKernel, ram_end, read_elf
 from vmrun.boot.image import FileImage
-from vmrun.boot.initramfs import unpack
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.machine.layout import CMDLINE_END, CMDLINE_START, HIGH_RAM_START, PCI_HOLE_START
 
@@ -84,6 +83,8 @@ def _load_initramfs(
     """Load as high as the kernel allows, where nothing it does early is in the way. Returns address and
     size.
     """
+    from vmrun.boot.initramfs import unpack
+
     highest = linux.DEFAULT_INITRD_ADDR_MAX if header is None else header.initrd_addr_max
     top = min(ram_end(memory, HIGH_RAM_START), highest + 1) & -PAGE_SIZE
     bottom = elf.end + PAGE_SIZE - 1 & -PAGE_SIZE

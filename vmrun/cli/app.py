@@ -1,98 +1,82 @@
-"""The Typer application: which commands there are. Each command group has its own file and imports what it
-needs when its command runs. User side of the VMM process.
+"""Which commands there are, and how one is written. User side of the VMM process.
+
+A command is a function in a file of this folder; it has a line in GROUPS. It declares its command line once,
+in the types of its parameters, with `vmrun.cli.declare`:
+
+    from typing import Annotated
+    from vmrun.cli.declare import Argument, Option
+
+    def snapshot(
+        name: Annotated[str, Argument(metavar="NAME", help="The machine.")],
+        disk: Annotated[list[str] | None, Option(metavar="PATH", help="Repeatable.")] = None,
+        stop: Annotated[bool, Option("--stop", "-s", help="End the machine then.")] = False,
+    ) -> int:
+        \"\"\"Write a machine to a directory.
+
+        The first paragraph is the line in `vmrun --help`; all of it is in `vmrun snapshot --help`.
+        \"\"\"
+        from vmrun.control.client import MachineClient   # what is heavy is imported when the command runs
+        ...
+        return 0                                         # the exit code
+
+- A type is `bool` (a flag, False by default), or `int`, `str` or `Path`, or `list[str]` or `list[Path]` (an
+  option that may be repeated, or all arguments that are left); all but `bool` perhaps `| None`. A parameter
+  without a default is required. Without a name an option is called as its parameter.
+- Sizes, times and the like are `str`, read by `vmrun.cli.options`; a UserError there names the option.
+- Not in such a file: `from __future__ import annotations` (the types are read when the program runs), Typer,
+  and at its top any import that another command can do without.
+- `-- CMD ARG...` is an Argument of type `list[str]` in the last place.
+
+A group of commands (`vmrun disk info`) is a file with `HELP`, one sentence, and `COMMANDS`, its functions by
+name.
+
+`fast_path` reads a well-formed command line by these declarations alone; `typer_app` makes the Typer
+application of them, which has the help, the errors and everything else.
 """
 
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Any
 
-import typer
-from typer import Exit as Exit
+from vmrun.cli.declare import Command
 
-from vmrun.cli import boot, console, disk, doctor, guest, machines, print_version, worker
-
-# Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
-# the base class of what is wrong with a command line.
-ClickException: type[Exception] = typer.BadParameter.__mro__[2]
-
-
-# How `vmrun --help` groups them. A command that is in no group here comes last.
-GROUPS = {
-    "Start machines": ("boot",),
-    "Look at machines": ("ps", "inspect", "top", "console", "log"),
-    "Control machines": ("stop", "wait", "reset", "pause", "resume"),
-    "Disk images": ("disk",),
-    "This host": ("doctor", "guest", "worker"),
+# The commands under their headings in `vmrun --help`, and the file of each. A group is its file's name.
+GROUPS: dict[str, dict[str, str]] = {
+    "Start machines": {"boot": "boot", "up": "up", "restore": "snapshot", "clone": "snapshot"},
+    "Look at machines": {
+        "ps": "machines",
+        "inspect": "machines",
+        "top": "machines",
+        "console": "console",
+        "log": "console",
+    },
+    "Control machines": {
+        "stop": "machines",
+        "down": "up",
+        "wait": "machines",
+        "reset": "machines",
+        "pause": "machines",
+        "resume": "machines",
+        "snapshot": "snapshot",
+    },
+    "Disk images": {"disk": "disk", "image": "image"},
+    "This host": {"doctor": "doctor", "guest": "guest", "worker": "worker"},
 }
 
 
-class GroupedCommands(typer.core.TyperGroup):
-    """The list of commands in --help, under the headings of GROUPS."""
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        names = self.list_commands(ctx)
-        grouped = {name for group in GROUPS.values() for name in group}
-        others = tuple(name for name in names if name not in grouped)
-        width = max(len(name) for name in names)
-        for heading, group in (GROUPS | {"Other commands": others}).items():
-            rows = []
-            for name in group:
-                command = self.get_command(ctx, name)
-                if command is not None and not command.hidden:
-                    text = command.get_short_help_str(formatter.width - 6 - width)
-                    rows.append((name.ljust(width), text))
-            if rows:
-                with formatter.section(heading):
-                    formatter.write_dl(rows)
+def load(name: str, file: str) -> Any:
+    """The command `name` of `file`: a function, or the module if it is a group."""
+    module = import_module(f"vmrun.cli.{file}")
+    return module if hasattr(module, "COMMANDS") else getattr(module, name)
 
 
-def command() -> Any:
-    """The whole command line, ready to parse. Plain help and errors: Rich would take longer to import than to
-    read.
-    """
-    app = typer.Typer(
-        name="vmrun",
-        cls=GroupedCommands,
-        help="Run microVMs on Linux/KVM: real disks and taps, a sandboxed process for each.",
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        add_completion=False,
-        no_args_is_help=False,
-        context_settings={"help_option_names": ["-h", "--help"]},
-    )
-    app.callback(invoke_without_command=True)(vmrun)
-    app.command("boot", epilog=boot.EPILOG)(boot.boot)
-    for command in (
-        machines.ps,
-        machines.inspect,
-        machines.top,
-        console.console,
-        console.log,
-        machines.stop,
-        machines.wait,
-        machines.reset,
-        machines.pause,
-        machines.resume,
-        doctor.doctor,
-    ):
-        app.command(command.__name__)(command)
-    app.add_typer(disk.app(), name="disk")
-    app.add_typer(guest.app(), name="guest")
-    app.add_typer(worker.app(), name="worker")
-    return typer.main.get_command(app)
-
-
-def vmrun(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
-        raise typer.Exit(print_version())
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-def usage_message(error: Exception) -> str:
-    """One line for what is wrong with the command line, and where to look."""
-    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "vmrun"
-    return f"{' '.join(text.split()).rstrip('.')} (see {path} --help)"
+def find(words: list[str]) -> tuple[Command, list[str]] | None:
+    """The command that `words` begin with, spelt out, and the words after its name; None if there is none."""
+    for group in GROUPS.values():
+        if words and words[0] in group:
+            name, *rest = words
+            found = load(name, group[name])
+            if not hasattr(found, "COMMANDS"):
+                return found, rest
+            if rest and rest[0] in found.COMMANDS:
+                return found.COMMANDS[rest[0]], rest[1:]
+    return None

@@ -4,82 +4,79 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+from vmrun.cli.declare import Option
+from vmrun.errors import EXIT_IMAGE, UserError
 
 if TYPE_CHECKING:
     from vmrun.machine.config import MachineConfig
-
-EPILOG = (
-    "On a terminal, Ctrl-A x stops the machine, Ctrl-A Ctrl-A sends a Ctrl-A, Ctrl-A h is help. "
-    "A comma inside a path is written twice. Exit codes: see docs/guide.md."
-)
 
 
 def boot(
     disk: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--disk",
-            metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]",
+            metavar="PATH[,ro][,throwaway][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]",
             help="A disk: the guest's /dev/vda, then vdb and so on; or vhost-user:SOCKET. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     nic: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--nic",
             metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE][,rom=FILE]",
             help="A network card on TAP, made if it is not there; ip= is for the host's end. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     cdrom: Annotated[
         Path | None,
-        typer.Option(metavar="ISO", help="A CD or DVD image: the guest's /dev/sr0.", show_default=False),
+        Option(metavar="ISO", help="A CD or DVD image: the guest's /dev/sr0."),
     ] = None,
     kernel: Annotated[
         Path | None,
-        typer.Option(help="bzImage or ELF vmlinux. Default: the guest kit's.", show_default=False),
+        Option(metavar="FILE", help="bzImage or ELF vmlinux. Default: the guest kit's."),
     ] = None,
-    initrd: Annotated[Path | None, typer.Option(help="An initramfs.", show_default=False)] = None,
+    initrd: Annotated[Path | None, Option(metavar="FILE", help="An initramfs.")] = None,
     append: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="The kernel's command line; added to the kit's when that is used."),
+        Option(metavar="TEXT", help="The kernel's command line; added to the kit's when that is used."),
     ] = None,
     firmware: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="Start firmware (SeaBIOS), not a kernel. Experimental.",
-            show_default=False,
         ),
     ] = None,
     legacy_virtio: Annotated[
-        bool, typer.Option("--legacy-virtio", help="Virtio devices as before virtio 1.0, for old guests.")
+        bool, Option("--legacy-virtio", help="Virtio devices as before virtio 1.0, for old guests.")
     ] = False,
-    mem: Annotated[str, typer.Option("--mem", metavar="SIZE", help="Memory, as in 128M or 1.5G.")] = "128M",
-    cpus: Annotated[int, typer.Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,
+    mem: Annotated[str, Option("--mem", metavar="SIZE", help="Memory, as in 128M or 1.5G.")] = "128M",
+    cpus: Annotated[int, Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,
     timeout: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Stop the machine after this long, as in 90s.", show_default=False),
+        Option(metavar="TIME", help="Stop the machine after this long, as in 90s."),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="What other commands call it; made up if not given."),
+        Option(metavar="NAME", help="What other commands call it; made up if not given."),
     ] = None,
     detach: Annotated[
-        bool, typer.Option("--detach", "-d", help="Return once it runs, print its name, and let it run on.")
+        bool, Option("--detach", "-d", help="Return once it runs, print its name, and let it run on.")
     ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell what is being done.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Tell what is being done.")] = False,
 ) -> int:
-    """Start a machine, on this terminal or in the background (-d)."""
+    """Start a machine, on this terminal or in the background (-d).
+
+    On a terminal, Ctrl-A x stops the machine, Ctrl-A Ctrl-A sends a Ctrl-A, Ctrl-A h is help. A comma inside
+    a path is written twice. Exit codes: see docs/guide.md.
+    """
     from vmrun.cli import options
     from vmrun.host.console import Console
     from vmrun.machine.config import MachineConfig
 
     config = MachineConfig(
-        memory=options.parse_size("--mem", mem),
+        memory=options.parse_memory("--mem", mem),
         cpus=cpus,
         kernel=kernel,
         initrd=initrd,
@@ -91,6 +88,8 @@ def boot(
         legacy_virtio=legacy_virtio,
         verbose=verbose,
     )
+    if cdrom is not None and not cdrom.exists():
+        raise UserError(f"--cdrom {cdrom}: no such file", EXIT_IMAGE)
     seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
 
     from vmrun.control import session  # only now: a mistake in the options needs no KVM

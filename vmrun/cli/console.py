@@ -5,8 +5,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from vmrun.cli.declare import Argument, Option
 from vmrun.errors import EXIT_VMM, UserError
 
 if TYPE_CHECKING:
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 REPLAY = 8 << 10  # bytes of earlier output that `console` begins with
 CHUNK = 1 << 16
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The machine.")]
+Name = Annotated[str, Argument(metavar="NAME", help="The machine.")]
 
 
 def console(name: Name) -> int:
@@ -114,8 +113,8 @@ class _Attached:
 
 def log(
     name: Name,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what it prints next.")] = False,
-    vmm: Annotated[bool, typer.Option("--vmm", help="What a detached vmrun said itself.")] = False,
+    follow: Annotated[bool, Option("--follow", "-f", help="Go on with what it prints next.")] = False,
+    vmm: Annotated[bool, Option("--vmm", help="What a detached vmrun said itself.")] = False,
 ) -> int:
     """Print what a machine has printed.
 

@@ -7,50 +7,40 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from vmrun.cli.declare import Argument, Option
 
 if TYPE_CHECKING:
     from vmrun.disk.check import Checked
 
+HELP = "Disk images: make, look at, check, convert, commit, map, resize."
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
-Image = Annotated[Path, typer.Argument(metavar="PATH", help="The image.", show_default=False)]
+Image = Annotated[Path, Argument(metavar="PATH", help="The image.")]
 Format = Annotated[
     str | None,
-    typer.Option(
+    Option(
         "--format",
         "-f",
         metavar="raw|qcow2",
         help="Its format, when the suffix does not tell.",
-        show_default=False,
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with qemu-img's keys.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON, with qemu-img's keys.")]
 ClusterSize = Annotated[
     str | None,
-    typer.Option("--cluster-size", metavar="SIZE", help="Of qcow2: 512 bytes to 2M; 64K if not given."),
+    Option("--cluster-size", metavar="SIZE", help="Of qcow2: 512 bytes to 2M; 64K if not given."),
 ]
-
-
-def app() -> typer.Typer:
-    group = typer.Typer(
-        help="Disk images: make, look at, check, convert, commit, map, resize.", rich_markup_mode=None
-    )
-    for command in (create, info, check, convert, commit, resize):
-        group.command(command.__name__)(command)
-    group.command("map")(map_)
-    return group
 
 
 def create(
     path: Image,
     size: Annotated[
         str | None,
-        typer.Option("--size", "-s", metavar="SIZE", help="As in 512M or 20G; an overlay's base has one."),
+        Option("--size", "-s", metavar="SIZE", help="As in 512M or 20G; an overlay's base has one."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(
+        Option(
             "--backing",
             "-b",
             metavar="BASE",
@@ -58,7 +48,7 @@ def create(
         ),
     ] = None,
     base_format: Annotated[
-        str | None, typer.Option("--backing-format", "-F", metavar="raw|qcow2", help="The format of BASE.")
+        str | None, Option("--backing-format", "-F", metavar="raw|qcow2", help="The format of BASE.")
     ] = None,
     fmt: Format = None,
     cluster_size: ClusterSize = None,
@@ -76,7 +66,7 @@ def create(
 def info(
     path: Image,
     fmt: Format = None,
-    chain: Annotated[bool, typer.Option("--chain", help="Also of all backing files below it.")] = False,
+    chain: Annotated[bool, Option("--chain", help="Also of all backing files below it.")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Tell what an image is: sizes, format, features, backing file."""
@@ -124,7 +114,7 @@ def check(
     path: Image,
     fmt: Format = None,
     repair: Annotated[
-        str | None, typer.Option(metavar="leaks", help="Give leaked clusters back.", show_default=False)
+        str | None, Option("--repair", "-r", metavar="leaks", help="Give leaked clusters back.")
     ] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -174,19 +164,15 @@ def _print_check(path: Path, checked: "Checked") -> None:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The image to copy.", show_default=False)],
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="The new image.", show_default=False)],
+    source: Annotated[Path, Argument(metavar="SOURCE", help="The image to copy.")],
+    path: Annotated[Path, Argument(metavar="PATH", help="The new image.")],
     fmt: Format = None,
     to: Annotated[
         str | None,
-        typer.Option(
-            "--to", "-O", metavar="raw|qcow2", help="The new format, when the suffix does not tell."
-        ),
+        Option("--to", "-O", metavar="raw|qcow2", help="The new format, when the suffix does not tell."),
     ] = None,
-    compress: Annotated[bool, typer.Option("--compress", "-c", help="Compress (qcow2), with zlib.")] = False,
-    compression: Annotated[
-        str | None, typer.Option(metavar="zlib|zstd", help="Compress, with this.", show_default=False)
-    ] = None,
+    compress: Annotated[bool, Option("--compress", "-c", help="Compress (qcow2), with zlib.")] = False,
+    compression: Annotated[str | None, Option(metavar="zlib|zstd", help="Compress, with this.")] = None,
     cluster_size: ClusterSize = None,
 ) -> int:
     """Copy a disk, backing files included, into one sparse image."""
@@ -195,7 +181,7 @@ def convert(
     from vmrun.disk.files import image_format
     from vmrun.machine.config import DiskConfig
 
-    config = DiskConfig(source, image_format(source, fmt), read_only=True, backing=Path("/"))
+    config = DiskConfig(source, image_format(source, fmt), read_only=True, backing=(Path("/"),))
     if compress and compression is None:
         compression = "zlib"
     with bar(f"converting {source.name}") as progress:
@@ -242,9 +228,7 @@ def map_(path: Image, fmt: Format = None, as_json: AsJson = False) -> int:
 
 def resize(
     path: Image,
-    size: Annotated[
-        str, typer.Argument(metavar="SIZE", help="20G, or +1G for so much more.", show_default=False)
-    ],
+    size: Annotated[str, Argument(metavar="SIZE", help="20G, or +1G for so much more.")],
     fmt: Format = None,
 ) -> int:
     """Make a disk larger. What is new reads as zeroes."""
@@ -284,3 +268,14 @@ def _print_json(found: object) -> None:
 
     json.dump(found, sys.stdout, indent=2)
     print()
+
+
+COMMANDS = {
+    "create": create,
+    "info": info,
+    "check": check,
+    "convert": convert,
+    "commit": commit,
+    "resize": resize,
+    "map": map_,
+}

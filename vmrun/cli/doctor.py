@@ -5,8 +5,7 @@ process.
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from vmrun.cli.declare import Option
 from vmrun.errors import EXIT_NO_KVM
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ MARKS = {
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, for programs.")] = False,
 ) -> int:
     """Tell what this host can do for vmrun. Exits with 0 if machines can run here."""
     from vmrun.host import check

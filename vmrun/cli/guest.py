@@ -2,25 +2,14 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from vmrun.cli.declare import Argument
 from vmrun.errors import EXIT_IMAGE, UserError
 
 if TYPE_CHECKING:
     from vmrun.guestkit.kit import GuestKit
 
+HELP = "The guest kit: a small Linux of our own."
 FILES = ("kernel", "initramfs", "disk")
-
-
-def app() -> typer.Typer:
-    group = typer.Typer(
-        help="The guest kit: a small Linux of our own.",
-        rich_markup_mode=None,
-    )
-    group.command("build")(build)
-    group.command("path")(path)
-    group.command("list")(list_files)
-    return group
 
 
 def build() -> int:
@@ -41,7 +30,7 @@ def build() -> int:
 
 
 def path(
-    what: Annotated[str, typer.Argument(metavar="[kernel|initramfs|disk]", help="Which file.")] = "kernel",
+    what: Annotated[str, Argument(metavar="[kernel|initramfs|disk]", help="Which file.")] = "kernel",
 ) -> int:
     """Print the path of one file of the guest kit, for scripts."""
     if what not in FILES:
@@ -69,3 +58,6 @@ def _find() -> "GuestKit":
     if found is None:
         raise UserError("the guest kit is not built: vmrun guest build, or make guest", EXIT_IMAGE)
     return found
+
+
+COMMANDS = {"build": build, "path": path, "list": list_files}

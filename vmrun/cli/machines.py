@@ -5,8 +5,7 @@ a process of its own that talks to each machine's control socket.
 import sys
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
+from vmrun.cli.declare import Argument, Option
 from vmrun.errors import EXIT_TIMEOUT, UserError
 
 if TYPE_CHECKING:
@@ -15,15 +14,15 @@ if TYPE_CHECKING:
     from vmrun.control.client import Ending
     from vmrun.control.facts import Facts
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The machine.")]
-Names = Annotated[list[str] | None, typer.Argument(metavar="NAME", help="The machines.")]
-All = Annotated[bool, typer.Option("--all", "-a", help="Every machine of yours that runs.")]
+Name = Annotated[str, Argument(metavar="NAME", help="The machine.")]
+Names = Annotated[list[str] | None, Argument(metavar="NAME", help="The machines.")]
+All = Annotated[bool, Option("--all", "-a", help="Every machine of yours that runs.")]
 
 HEADINGS = ("NAME", "PID", "STATE", "VCPUS", "MEMORY", "IN USE", "CPU", "DISKS", "NICS", "UPTIME")
 LEFT_ALIGNED = 1, 3  # columns of text, counted from 1
 
 
-def ps(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False) -> int:
+def ps(as_json: Annotated[bool, Option("--json", help="Print JSON, for programs.")] = False) -> int:
     """List the machines that run."""
     from vmrun.control.facts import all_machines
 
@@ -51,7 +50,7 @@ def inspect(name: Name) -> int:
 
 
 def top(
-    interval: Annotated[str, typer.Option("--interval", metavar="TIME", help="Between two looks.")] = "1s",
+    interval: Annotated[str, Option("--interval", metavar="TIME", help="Between two looks.")] = "1s",
 ) -> int:
     """Watch the machines that run: q leaves. Prints once when the output is no terminal."""
     from vmrun.cli.options import parse_duration
@@ -63,9 +62,7 @@ def top(
 
 def wait(
     name: Name,
-    timeout: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Give up after this long.", show_default=False)
-    ] = None,
+    timeout: Annotated[str | None, Option(metavar="TIME", help="Give up after this long.")] = None,
 ) -> int:
     """Wait until a machine has ended, and exit with its code."""
     from vmrun.cli.options import parse_duration
@@ -99,8 +96,8 @@ def _tell(ending: "Ending") -> int:
 
 def stop(
     names: Names = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="At once, without asking the guest.")] = False,
-    waits: Annotated[bool, typer.Option("--wait", "-w", help="Return when it has ended.")] = False,
+    force: Annotated[bool, Option("--force", "-f", help="At once, without asking the guest.")] = False,
+    waits: Annotated[bool, Option("--wait", "-w", help="Return when it has ended.")] = False,
     everything: All = False,
 ) -> int:
     """Ask guests to shut down.

@@ -5,6 +5,7 @@ Comma-separated options follow QEMU: a comma that belongs to a value is written 
 UserError that names the option, the key and, where there is one, the nearest right spelling.
 """
 
+import os
 from pathlib import Path
 
 from vmrun.errors import UserError
@@ -19,7 +20,7 @@ SERIAL_SIZE = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6
 
 # The keys of an option: whether each takes a value.
 Keys = dict[str, bool]
-DISK_KEYS: Keys = {"ro": False, "format": True, "serial": True, "backing": True}
+DISK_KEYS: Keys = {"ro": False, "format": True, "serial": True, "backing": True, "throwaway": False}
 NIC_KEYS: Keys = {
     "mac": True,
     "ip": True,
@@ -90,17 +91,24 @@ def parse_any_disk(text: str) -> DiskConfig | VhostUserDisk:
 
 
 def parse_disk(text: str) -> DiskConfig:
-    """PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]"""
+    """PATH[,ro][,throwaway][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY[:DIRECTORY...]]"""
     path, keys = parse_keys("--disk", text, DISK_KEYS)
     if not path:
         raise UserError(f"--disk {text!r}: give the path of a disk image, as in --disk x.qcow2,ro")
     serial = keys.get("serial", "")
     if len(serial) > SERIAL_SIZE or not serial.isascii() or not serial.isprintable():
         raise UserError(f"--disk {text}: serial is at most {SERIAL_SIZE} printable ASCII characters")
-    backing = Path(keys["backing"]) if "backing" in keys else None
-    if backing is not None and not backing.is_dir():
-        raise UserError(f"--disk {text}: backing={backing}: give the directory that its backing files are in")
-    return DiskConfig(Path(path), disk_format(Path(path), keys.get("format")), "ro" in keys, serial, backing)
+    backing = tuple(Path(each) for each in keys["backing"].split(":")) if "backing" in keys else ()
+    for each in backing:
+        if not each.is_dir():
+            raise UserError(f"--disk {text}: backing={each}: give directories that its backing files are in")
+    throw_away = "throwaway" in keys
+    if throw_away and "ro" in keys:
+        raise UserError(
+            f"--disk {text}: throwaway is for what the guest writes, and ro lets it write nothing"
+        )
+    fmt = disk_format(Path(path), keys.get("format"))
+    return DiskConfig(Path(path), fmt, "ro" in keys, serial, backing, throw_away)
 
 
 def parse_nic(text: str) -> NicConfig:
@@ -154,6 +162,15 @@ def parse_size(option: str, text: str) -> int:
     if not size.is_integer():
         raise UserError(f"{option} {text}: not a whole number of bytes")
     return int(size)
+
+
+def parse_memory(option: str, text: str) -> int:
+    """As `parse_size`, and no more than this host has."""
+    size = parse_size(option, text)
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > host:
+        raise UserError(f"{option} {text}: more memory than this host has: give at most {host >> 20}M")
+    return size
 
 
 def parse_duration(option: str, text: str) -> float:

@@ -5,29 +5,21 @@ process then becomes the worker.
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import typer
-
+from vmrun.cli.declare import Option
 from vmrun.errors import UserError
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping
 
-Socket = Annotated[Path, typer.Option(metavar="PATH", help="The UNIX socket to listen on.")]
+HELP = "Serve a disk or a tap to QEMU by vhost-user."
 
-
-def app() -> typer.Typer:
-    group = typer.Typer(help="Serve a disk or a tap to QEMU by vhost-user.", rich_markup_mode=None)
-    group.command("blk")(blk)
-    group.command("net")(net)
-    return group
+Socket = Annotated[Path, Option(metavar="PATH", help="The UNIX socket to listen on.")]
 
 
 def blk(
     socket: Socket,
-    disk: Annotated[
-        str, typer.Option(metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]")
-    ],
+    disk: Annotated[str, Option(metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]")],
 ) -> int:
     """Serve one disk to one VMM, until it closes the connection."""
     from vmrun.cli.options import parse_disk
@@ -41,7 +33,7 @@ def blk(
 def net(
     socket: Socket,
     nic: Annotated[
-        str, typer.Option(metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local]")
+        str, Option(metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local]")
     ],
 ) -> int:
     """Serve one tap to one VMM, until it closes the connection."""
@@ -89,3 +81,6 @@ def _listen(path: Path) -> "socket.socket":
         listener.close()
         raise
     return listener
+
+
+COMMANDS = {"blk": blk, "net": net}

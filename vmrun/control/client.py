@@ -66,6 +66,18 @@ class Ending:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A snapshot: bytes of `memory` that hold something, how many `seconds` the machine held still for it,
+    and which disk images are part of it, with those that the machine writes to instead.
+    """
+
+    directory: Path
+    memory: int
+    seconds: float
+    disks: dict[str, str]
+
+
 class MachineClient:
     """A connection to the machine `name`: a context manager. One thread at a time."""
 
@@ -105,6 +117,19 @@ class MachineClient:
 
     def resume(self) -> None:
         self._ask("resume")
+
+    def snapshot(self, directory: Path, *, end: bool = False) -> "Saved":
+        """Write a snapshot of the machine to `directory`, which must not exist. It is paused meanwhile, and
+        goes on, or is to `end`. Returns when the snapshot is there; that takes longer for more memory.
+        """
+        path = os.fspath(directory.absolute())
+        result = self._receive(self._send("snapshot", directory=path, end=end), None)
+        return Saved(
+            Path(path),
+            int(result.get("memory", 0)),
+            float(result.get("seconds", 0.0)),
+            result.get("disks", {}),
+        )
 
     def wait(self, timeout: float | None = None) -> Ending:
         """Wait for the machine's end. TimeoutError after `timeout` seconds: then close this."""

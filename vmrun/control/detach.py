@@ -9,7 +9,7 @@ without a line means that the VMM died.
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from vmrun.control import runtime
@@ -49,31 +49,62 @@ class Detached:
         return True
 
 
-def start(vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Exception], str]) -> str:
-    """Run `vmm` in a process of its own, without a terminal; returns the machine's name once it runs.
+class Starting:
+    """A VMM that is on its way, in a process of its own, without a terminal. Owns the pipe it answers on.
 
-    `vmm` returns an exit code and a reason. One that ends before its machine ran, or raises (what `describe`
-    makes one line of), is a UserError here, with the same code and text.
+    `vmm` returns an exit code and a reason. `others` are machines that the caller is starting too: their
+    pipes are not this one's, which would keep them open.
     """
-    read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read_end)
-        _become_vmm(vmm, describe, write_end)
-    os.close(write_end)
-    # Should we be interrupted here, the machine ends as soon as it wants to tell that it runs.
-    with os.fdopen(read_end, "rb") as pipe:
-        os.waitpid(pid, 0)
-        line = pipe.readline()
-    if not line:
-        raise UserError("the machine's process died before the machine ran", EXIT_VMM)
-    message: dict[str, Any] = json.loads(line)
-    if "name" not in message:
-        raise UserError(message["reason"], message["code"])
-    name: str = message["name"]
-    return name
+
+    def __init__(
+        self,
+        vmm: Callable[[Detached], tuple[int, str]],
+        describe: Callable[[Exception], str],
+        others: Iterable["Starting"] = (),
+    ) -> None:
+        read_end, write_end = os.pipe2(os.O_CLOEXEC)
+        self._pipe = os.fdopen(read_end, "rb")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            for each in (self, *others):
+                each._pipe.close()
+            _become_vmm(vmm, describe, write_end)
+        os.close(write_end)
+
+    def result(self) -> str:
+        """Wait until the machine runs; returns its name. Interrupted, it may be called again.
+
+        A VMM that ended before its machine ran, or raised (what `describe` makes one line of), is a UserError
+        here, with the same code and text.
+        """
+        try:
+            os.waitpid(self._pid, 0)
+        except ChildProcessError:
+            pass  # waited for before we were interrupted
+        line = self._pipe.readline()
+        self.close()
+        if not line:
+            raise UserError("the machine's process died before the machine ran", EXIT_VMM)
+        message: dict[str, Any] = json.loads(line)
+        if "name" not in message:
+            raise UserError(message["reason"], message["code"])
+        name: str = message["name"]
+        return name
+
+    def close(self) -> None:
+        """Listen no more: a machine on its way ends as soon as it wants to tell that it runs."""
+        self._pipe.close()
+
+
+def start(vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Exception], str]) -> str:
+    """Start one machine and return its name once it runs. Raises as `Starting.result`."""
+    starting = Starting(vmm, describe)
+    try:
+        return starting.result()
+    finally:
+        starting.close()
 
 
 def _become_vmm(

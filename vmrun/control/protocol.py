@@ -27,7 +27,7 @@ class BadRequest(Exception):
 
 
 class Request:
-    """One request: its command, and the rest of its keys by `flag` and `number`."""
+    """One request: its command, and the rest of its keys by `flag`, `number` and `text`."""
 
     __slots__ = ("command", "id", "keys")
 
@@ -48,6 +48,13 @@ class Request:
         value = self.keys.pop(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
             raise BadRequest(f"{self.command}: {key} must be a whole number from 0 to {maximum}")
+        return value
+
+    def text(self, key: str) -> str:
+        """A key that must be there, and is a string without control characters."""
+        value = self.keys.pop(key, None)
+        if not isinstance(value, str) or not value or any(ord(character) < 32 for character in value):
+            raise BadRequest(f"{self.command}: {key} must be a string")
         return value
 
     def no_more(self) -> None:

@@ -14,6 +14,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from vmrun.control.protocol import (
@@ -52,6 +53,7 @@ class Controlled(Protocol):
     def reset(self) -> None: ...
     def pause(self, done: Callable[[str | None], None]) -> None: ...
     def resume(self) -> None: ...
+    def snapshot(self, directory: Path, end: bool, done: Callable[[Message | UserError], None]) -> None: ...
 
 
 class ControlServer:
@@ -204,6 +206,25 @@ class ControlServer:
         machine.resume()
         self.tell("resumed")
         client.answer(request.id, {"state": "running"})
+
+    def _snapshot(self, machine: Controlled, client: "Client", request: Request) -> None:
+        directory = Path(request.text("directory"))
+        end = request.flag("end")
+        request.no_more()
+        client.begin(request.id)
+
+        def done(outcome: Message | UserError) -> None:
+            if isinstance(outcome, UserError):
+                client.fail(request.id, str(outcome), outcome.code)
+            else:
+                self.tell("saved", directory=outcome["directory"])
+                client.answer(request.id, outcome)
+
+        try:
+            machine.snapshot(directory, end, done)
+        except UserError:
+            client.pending.discard(request.id)
+            raise
 
     def _wait(self, machine: Controlled, client: "Client", request: Request) -> None:
         request.no_more()
@@ -463,6 +484,7 @@ COMMANDS: dict[str, Handler] = {
     "reset": ControlServer._reset,
     "pause": ControlServer._pause,
     "resume": ControlServer._resume,
+    "snapshot": ControlServer._snapshot,
     "wait": ControlServer._wait,
     "events": ControlServer._events,
     "console": ControlServer._console,

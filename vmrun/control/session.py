@@ -14,10 +14,11 @@ from vmrun.errors import EXIT_VMM, UserError
 from vmrun.host.console import Console
 from vmrun.host.console_hub import ConsoleHub
 from vmrun.host.console_log import ConsoleLog
+from vmrun.host.overlays import Overlays, named
 from vmrun.machine.config import MachineConfig
 
 if TYPE_CHECKING:
-    from vmrun.machine.machine import Machine, Outcome
+    from vmrun.machine.machine import Machine, Outcome, SavedMachine
 
 
 class Starter(Protocol):
@@ -34,11 +35,12 @@ def run(
     timeout: float | None = None,
     console: Console | None = None,
     starter: Starter | None = None,
+    saved: "SavedMachine | None" = None,
 ) -> "Outcome":
     """Run the machine as `name`, or as a name made up here, to its end. Raises UserError and OSError.
 
     The guest's console is `console`, if there is one, and whoever attaches. A machine with a `starter` is
-    detached, and its logs outlive it.
+    detached, and its logs outlive it. With `saved` it begins where that was, until it is reset.
     """
     directory = runtime.claim(name)
     ending = (EXIT_VMM, "vmrun failed")
@@ -51,8 +53,10 @@ def run(
         hub = stack.enter_context(ConsoleHub(console, log))
         server = ControlServer(directory, hub)
         stack.callback(server.close)
-        config = replace(config, name=directory.name)
-        outcome = _Lives(config, hub, server, starter).run(directory, timeout)
+        overlays = stack.enter_context(Overlays(config.disks))
+        config = replace(config, name=directory.name, disks=overlays.disks)
+        lives = _Lives(config, hub, server, starter, directory, overlays)
+        outcome = lives.run(timeout, saved)
         ending = (outcome.code, outcome.reason)
         return outcome
     except UserError as error:
@@ -77,32 +81,54 @@ class _Lives:
     """The machine, from reset to reset."""
 
     def __init__(
-        self, config: MachineConfig, hub: ConsoleHub, server: ControlServer, starter: Starter | None
+        self,
+        config: MachineConfig,
+        hub: ConsoleHub,
+        server: ControlServer,
+        starter: Starter | None,
+        directory: runtime.RuntimeDirectory,
+        overlays: Overlays,
     ) -> None:
         self._config = config
         self._hub = hub
         self._server = server
         self._starter = starter
+        self._path = directory.path / runtime.CONFIG
+        self._overlays = overlays
 
-    def run(self, directory: runtime.RuntimeDirectory, timeout: float | None) -> "Outcome":
-        from vmrun.machine.config_json import describe_config
+    def run(self, timeout: float | None, saved: "SavedMachine | None") -> "Outcome":
         from vmrun.machine.machine import run
 
-        (directory.path / runtime.CONFIG).write_text(json.dumps(describe_config(self._config), indent=2))
+        self._is_made_of(self._config)
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             try:
-                outcome = run(self._config, console=self._hub, timeout=timeout, attend=self._attend)
+                outcome = run(
+                    self._config, console=self._hub, timeout=timeout, attend=self._attend, saved=saved
+                )
             finally:
                 self._server.leave()
             if not outcome.restart:
                 return outcome
+            saved = None  # what was reset begins at its beginning
             if deadline is not None:
                 timeout = max(0.001, deadline - time.monotonic())
+
+    def _is_made_of(self, config: MachineConfig) -> None:
+        """A snapshot gives a machine other disks, and a reset must find those."""
+        from vmrun.machine.config_json import describe_config
+
+        self._config = config
+        self._overlays.take(config.disks)
+        new = self._path.with_suffix(".new")
+        new.write_text(json.dumps(describe_config(config), indent=2))
+        new.replace(self._path)
 
     def _attend(self, machine: "Machine") -> None:
         from vmrun.machine.control import MachineControl
 
+        machine.on_config = self._is_made_of
+        machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
         self._server.serve(machine.loop, MachineControl(machine))
         starter, self._starter = self._starter, None
         if starter is not None:

@@ -22,7 +22,7 @@ def commit(path: Path, fmt: str | None = None, progress: Progress | None = None)
     backing file's path. A backing file that is smaller grows to the overlay's size.
     """
     with open_file(path, fmt, write=True) as overlay:
-        config = backing_config(path, overlay.header, [ANYWHERE]) if overlay.header is not None else None
+        config = backing_config(path, overlay.header, ANYWHERE) if overlay.header is not None else None
         if config is None:
             raise UserError(f"disk {path}: has no backing file to commit to", EXIT_IMAGE)
         base = _open_base(DiskConfig(config.path, config.format, backing=ANYWHERE), overlay)

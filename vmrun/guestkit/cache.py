@@ -64,6 +64,25 @@ def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
     return root / name
 
 
+def remove(name: str) -> bool:
+    """Remove the finished directory `name`, or say False when there is none. Who has its files open keeps them.
+
+    It goes as it came: at once, by a rename, so that nobody finds half of it.
+    """
+    root = directory()
+    if not (root / name).is_dir():
+        return False
+    with _lock(root, name):
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{name}{_UNFINISHED}", dir=root))
+        try:
+            (root / name).rename(unfinished / "removed")
+        except FileNotFoundError:
+            return False
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return True
+
+
 @contextmanager
 def _lock(root: Path, name: str, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of `name`; without `wait`, False when another process holds it."""

@@ -15,7 +15,7 @@ from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.machine.config import DiskConfig
 
 FORMATS = ("raw", "qcow2")
-ANYWHERE = Path("/")  # for a user who names the image and what is to be done with it, as with qemu-img
+ANYWHERE = (Path("/"),)  # for a user who names the image and what is to be done with it, as with qemu-img
 MAX_BACKING_FILES = 16  # below one disk: each is a descriptor in the worker and a level of its recursion
 
 

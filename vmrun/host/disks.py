@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
+from devices.block.image import SECTOR_SIZE
 from devices.block.qcow2_header import COMPRESSION_ZSTD, Header
 from devices.block.qcow2_journal import JOURNAL_SIZE
 from devices.errors import ImageError
@@ -82,6 +83,17 @@ class OpenDisk:
         """Of what `fd` is."""
         return self.config.format if self.config.overlay is None else "qcow2"
 
+    @property
+    def size(self) -> int:
+        """Of the guest's disk, in bytes."""
+        if self.header is not None:
+            return int(self.header.size)
+        return -(-os.lseek(self.fd, 0, os.SEEK_END) // SECTOR_SIZE) * SECTOR_SIZE
+
+    def unlock(self) -> None:
+        """To open the file anew while whoever made it still has a descriptor, which shares the lock."""
+        fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
+
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
@@ -139,8 +151,7 @@ class MachineDisk(OpenDisk):
             return replace(disk.config, read_only=True, throw_away=False, overlay=None)
         if disk.header is None:
             return None
-        own = self.config.path.parent
-        allowed = [own] if self.config.backing is None else [self.config.backing, own]
+        allowed = (*self.config.backing, self.config.path.parent)
         return backing_config(disk.config.path, disk.header, allowed)
 
     @property
@@ -233,6 +244,8 @@ class Disks:
         """Close disk `index`, which no worker has any more, and open `config` in its place. Raises as the
         constructor does; then the disk is closed.
         """
+        if self._disks[index].fd >= 0:
+            self._disks[index].unlock()
         self._disks[index].close()
         self._disks[index] = MachineDisk(config)
         return self._disks[index]

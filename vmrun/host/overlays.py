@@ -9,34 +9,37 @@ the machine over all its lives: a reset does not lose what the guest has written
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from devices.block.image import SECTOR_SIZE
 from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import MAX_BACKING_NAME
 from devices.errors import ImageError
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.disks import OpenDisk
-from vmrun.host.new_file import open_unnamed
+from vmrun.host.new_file import give_name, open_unnamed
 from vmrun.machine.config import DiskConfig, VhostUserDisk
 
 AnyDisk = DiskConfig | VhostUserDisk
 
 
-def create_overlay(base: DiskConfig, directory: Path) -> int:
-    """The descriptor of an unnamed, empty overlay above `base`, in `directory`; the caller's.
+def create_overlay(base: DiskConfig, directory: Path, size: int | None = None) -> int:
+    """The descriptor of an unnamed, empty overlay above `base`, in `directory`; the caller's. `size` in bytes
+    is that of `base`, for who knows it, and has `base` locked perhaps.
 
     UserError when `base` cannot be opened, or `directory` not be written to.
     """
+    if size is None:
+        with closing(OpenDisk(replace(base, read_only=True))) as disk:
+            size = disk.size
     path = base.path.absolute()
     if len(os.fsencode(path)) > MAX_BACKING_NAME:
         raise UserError(f"disk {path}: its path is too long for a backing file's", EXIT_IMAGE)
     fd = open_unnamed(directory)
     try:
         # The name is for others: the VMM was told what is below, and does not ask the header.
-        create_qcow2(fd, _size(base), backing_file=os.fspath(path), backing_format=base.format)
+        create_qcow2(fd, size, backing_file=os.fspath(path), backing_format=base.format)
     except ImageError as error:
         os.close(fd)
         raise UserError(f"disk {path}: {error}", EXIT_IMAGE) from None
@@ -62,6 +65,26 @@ def free_name(base: Path, label: str = "") -> Path:
         number += 1
 
 
+def close_overlays(disks: Sequence[AnyDisk]) -> None:
+    """Close the descriptors that configurations carry, for who gave them away."""
+    for disk in disks:
+        if isinstance(disk, DiskConfig) and disk.overlay is not None:
+            os.close(disk.overlay)
+
+
+def named(disks: Sequence[AnyDisk], label: str) -> tuple[AnyDisk, ...]:
+    """Give the overlays that are to stay names beside what they are above. Raises UserError and OSError."""
+    given = []
+    for disk in disks:
+        if isinstance(disk, DiskConfig) and disk.overlay is not None and not disk.throw_away:
+            path = free_name(disk.path, label)
+            give_name(disk.overlay, path)
+            backing = tuple(dict.fromkeys((disk.path.parent, *disk.backing)))
+            disk = replace(disk, path=path, format="qcow2", backing=backing, overlay=None)
+        given.append(disk)
+    return tuple(given)
+
+
 def temporary_directory() -> Path:
     """Where throw-away overlays are: $TMPDIR, else /var/tmp, which is on a disk where /tmp may be memory."""
     return Path(
@@ -69,36 +92,41 @@ def temporary_directory() -> Path:
     )
 
 
-class ThrowAways:
-    """The throw-away overlays of one machine: a context manager that owns them. `disks` are the
-    configurations with them.
+class Overlays:
+    """The unnamed overlays of one machine: a context manager that owns them. `disks` are the configurations
+    with them: those that have one already, which is taken over, and throw-away ones, which get one here.
     """
 
     def __init__(self, disks: Sequence[AnyDisk]) -> None:
-        with ExitStack() as stack:
-            self.disks = tuple(self._with_overlay(disk, stack) for disk in disks)
-            self._stack = stack.pop_all()
+        self._fds: set[int] = set()
+        try:
+            self.disks = tuple(self._with_overlay(disk) for disk in disks)
+        except BaseException:
+            self.close()
+            raise
 
-    def _with_overlay(self, disk: AnyDisk, stack: ExitStack) -> AnyDisk:
-        if not isinstance(disk, DiskConfig) or not disk.throw_away or disk.overlay is not None:
+    def _with_overlay(self, disk: AnyDisk) -> AnyDisk:
+        if isinstance(disk, DiskConfig) and disk.overlay is not None:
+            self._fds.add(disk.overlay)
+            return disk
+        if not isinstance(disk, DiskConfig) or not disk.throw_away:
             return disk
         fd = create_overlay(replace(disk, throw_away=False), temporary_directory())
-        stack.callback(os.close, fd)
+        self._fds.add(fd)
         return replace(disk, overlay=fd)
 
-    def __enter__(self) -> "ThrowAways":
+    def take(self, disks: Sequence[AnyDisk]) -> None:
+        """The machine's disks are now `disks`: their overlays are taken over, others are closed."""
+        fds = {disk.overlay for disk in disks if isinstance(disk, DiskConfig) and disk.overlay is not None}
+        for fd in self._fds - fds:
+            os.close(fd)
+        self._fds = fds
+
+    def close(self) -> None:
+        self.take(())
+
+    def __enter__(self) -> "Overlays":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-
-def _size(base: DiskConfig) -> int:
-    """Of the guest's disk, in bytes."""
-    disk = OpenDisk(replace(base, read_only=True))
-    try:
-        if disk.header is not None:
-            return int(disk.header.size)
-        return -(-os.lseek(disk.fd, 0, os.SEEK_END) // SECTOR_SIZE) * SECTOR_SIZE
-    finally:
-        disk.close()
+        self.close()

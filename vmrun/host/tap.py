@@ -88,11 +88,12 @@ def parse_host_address(text: str) -> tuple[str, int]:
     """
     import ipaddress
 
-    address, slash, _ = text.partition("/")
-    if not slash:
-        raise UserError(
-            f"ip={text}: say how long the network's prefix is, as in {address or '172.16.0.1'}/24"
-        )
+    if "/" not in text:
+        try:
+            example = f"{ipaddress.ip_address(text)}/24"
+        except ValueError:
+            example = "ip=172.16.0.1/24"
+        raise UserError(f"ip={text}: give an address and how long its network's prefix is, as in {example}")
     try:
         interface = ipaddress.ip_interface(text)
     except ValueError as error:

@@ -145,6 +145,30 @@ class kvm_sregs(ctypes.Structure):
     interrupt_bitmap: "quads"
 
 
+@abi(320, pdptrs=4)
+class kvm_sregs2(ctypes.Structure):
+    __slots__ = ()
+    cs: kvm_segment
+    ds: kvm_segment
+    es: kvm_segment
+    fs: kvm_segment
+    gs: kvm_segment
+    ss: kvm_segment
+    tr: kvm_segment
+    ldt: kvm_segment
+    gdt: kvm_dtable
+    idt: kvm_dtable
+    cr0: u64
+    cr2: u64
+    cr3: u64
+    cr4: u64
+    cr8: u64
+    efer: u64
+    apic_base: u64
+    flags: u64
+    pdptrs: "quads"
+
+
 @abi(4096, region=1024)
 class kvm_xsave(ctypes.Structure):
     """The XSAVE area in standard format: 512 bytes of FXSAVE image, 64 of header, then the host's layout."""
@@ -372,6 +396,15 @@ class kvm_clock_data(ctypes.Structure):
     pad: "longs"
 
 
+@abi(24)
+class kvm_device_attr(ctypes.Structure):
+    __slots__ = ()
+    flags: u32
+    group: u32
+    attr: u64
+    addr: u64  # a pointer
+
+
 @abi(64, pad=36)
 class kvm_ioeventfd(ctypes.Structure):
     __slots__ = ()
@@ -577,6 +610,7 @@ KVM_SET_SREGS = _IOW(0x84, _size(kvm_sregs))
 KVM_TRANSLATE = _IOWR(0x85, _size(kvm_translation))
 KVM_GET_MSRS = _IOWR(0x88, _size(kvm_msrs))
 KVM_SET_MSRS = _IOW(0x89, _size(kvm_msrs))
+KVM_GET_CPUID2 = _IOWR(0x91, _size(kvm_cpuid2))
 KVM_GET_LAPIC = _IOR(0x8E, _size(kvm_lapic_state))
 KVM_SET_LAPIC = _IOW(0x8F, _size(kvm_lapic_state))
 KVM_SET_CPUID2 = _IOW(0x90, _size(kvm_cpuid2))
@@ -585,6 +619,7 @@ KVM_SET_MP_STATE = _IOW(0x99, _size(kvm_mp_state))
 KVM_SET_GUEST_DEBUG = _IOW(0x9B, _size(kvm_guest_debug))
 KVM_GET_PIT2 = _IOR(0x9F, _size(kvm_pit_state2))
 KVM_SET_PIT2 = _IOW(0xA0, _size(kvm_pit_state2))
+KVM_SET_TSC_KHZ = _IO(0xA2)
 KVM_GET_TSC_KHZ = _IO(0xA3)
 KVM_GET_VCPU_EVENTS = _IOR(0x9F, _size(kvm_vcpu_events))
 KVM_SET_VCPU_EVENTS = _IOW(0xA0, _size(kvm_vcpu_events))
@@ -597,7 +632,12 @@ KVM_GET_XCRS = _IOR(0xA6, _size(kvm_xcrs))
 KVM_SET_XCRS = _IOW(0xA7, _size(kvm_xcrs))
 KVM_KVMCLOCK_CTRL = _IO(0xAD)
 KVM_X86_SET_MSR_FILTER = _IOW(0xC6, _size(kvm_msr_filter))
+KVM_GET_SREGS2 = _IOR(0xCC, _size(kvm_sregs2))
+KVM_SET_SREGS2 = _IOW(0xCD, _size(kvm_sregs2))
 KVM_GET_XSAVE2 = _IOR(0xCF, _size(kvm_xsave))
+KVM_SET_DEVICE_ATTR = _IOW(0xE1, _size(kvm_device_attr))
+KVM_GET_DEVICE_ATTR = _IOW(0xE2, _size(kvm_device_attr))
+KVM_HAS_DEVICE_ATTR = _IOW(0xE3, _size(kvm_device_attr))
 
 KVM_API_VERSION = 12
 
@@ -608,6 +648,7 @@ KVM_CAP_NR_MEMSLOTS = 10
 KVM_CAP_IRQFD = 32
 KVM_CAP_PIT2 = 33
 KVM_CAP_IOEVENTFD = 36
+KVM_CAP_TSC_CONTROL = 60
 KVM_CAP_MAX_VCPUS = 66
 KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_SYNC_REGS = 74
@@ -677,4 +718,9 @@ KVM_MSR_FILTER_READ = 1 << 0
 KVM_MSR_FILTER_WRITE = 1 << 1
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0
+KVM_CLOCK_TSC_STABLE = 1 << 1
+KVM_CLOCK_REALTIME = 1 << 2
+KVM_CLOCK_HOST_TSC = 1 << 3
+KVM_VCPU_TSC_CTRL = 0
+KVM_VCPU_TSC_OFFSET = 0
 KVM_VCPUEVENT_VALID_SHADOW = 1 << 2

@@ -9,6 +9,7 @@ from types import TracebackType
 
 from vmrun.kvm import abi
 from vmrun.kvm.ioctl import ioctl
+from vmrun.kvm.vcpu import read_cpuid
 from vmrun.kvm.vm import Vm
 
 
@@ -30,13 +31,7 @@ class System:
 
     def supported_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
         """The CPUID leaves that KVM can give a guest here."""
-        limit = 256
-        size = ctypes.sizeof(abi.kvm_cpuid2)
-        buffer = ctypes.create_string_buffer(size + limit * ctypes.sizeof(abi.kvm_cpuid_entry2))
-        header = abi.kvm_cpuid2.from_buffer(buffer)
-        header.nent = limit
-        ioctl(self.fd, abi.KVM_GET_SUPPORTED_CPUID, buffer, "KVM_GET_SUPPORTED_CPUID")
-        return list((abi.kvm_cpuid_entry2 * header.nent).from_buffer_copy(buffer, size))
+        return read_cpuid(self.fd, abi.KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID")
 
     def msr_indices(self) -> list[int]:
         """The model-specific registers that make up a vCPU's saved state."""

@@ -9,20 +9,32 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 from vmrun.kvm import abi
 from vmrun.kvm.ioctl import ioctl, raw_ioctl
 
 
+def read_cpuid(fd: int, request: int, name: str) -> list[abi.kvm_cpuid_entry2]:
+    """The leaves that one of KVM's calls for them gives."""
+    limit = 256
+    size = ctypes.sizeof(abi.kvm_cpuid2)
+    buffer = ctypes.create_string_buffer(size + limit * ctypes.sizeof(abi.kvm_cpuid_entry2))
+    header = abi.kvm_cpuid2.from_buffer(buffer)
+    header.nent = limit
+    ioctl(fd, request, buffer, name)
+    return list((abi.kvm_cpuid_entry2 * header.nent).from_buffer_copy(buffer, size))
+
+
 class Vcpu:
     """Owns the vCPU's descriptor and the mapping of `struct kvm_run`, whose parts are attributes: `header`
-    and one per exit.
+    and one per exit. `xsave_size` is how many bytes its XSAVE area takes.
     """
 
-    def __init__(self, fd: int, mmap_size: int) -> None:
+    def __init__(self, fd: int, mmap_size: int, xsave_size: int) -> None:
         self.fd = fd
+        self.xsave_size = xsave_size
         self.page = mmap.mmap(fd, mmap_size)
         # The views below pin the mapping: it goes when they do.
         at = abi.KVM_RUN_EXIT
@@ -98,6 +110,9 @@ class Vcpu:
         ioctl(self.fd, abi.KVM_GET_DEBUGREGS, ctypes.byref(registers), "KVM_GET_DEBUGREGS")
         return registers
 
+    def set_debugregs(self, registers: abi.kvm_debugregs) -> None:
+        ioctl(self.fd, abi.KVM_SET_DEBUGREGS, ctypes.byref(registers), "KVM_SET_DEBUGREGS")
+
     def get_lapic(self) -> abi.kvm_lapic_state:
         lapic = abi.kvm_lapic_state()
         ioctl(self.fd, abi.KVM_GET_LAPIC, ctypes.byref(lapic), "KVM_GET_LAPIC")
@@ -126,6 +141,34 @@ class Vcpu:
         if ioctl(self.fd, abi.KVM_SET_MSRS, _msr_buffer(list(values.items())), "KVM_SET_MSRS") != len(values):
             raise OSError(errno.EINVAL, "KVM_SET_MSRS: KVM refuses a register")
 
+    def read_msrs(self, indices: Sequence[int]) -> dict[int, int]:
+        """Values by index of those registers that can be read on this vCPU; the others are left out."""
+        values = {}
+        at = 0
+        while at < len(indices):
+            buffer = _msr_buffer([(index, 0) for index in indices[at:]])
+            done = ioctl(self.fd, abi.KVM_GET_MSRS, buffer, "KVM_GET_MSRS")
+            entries = (abi.kvm_msr_entry * done).from_buffer(buffer, ctypes.sizeof(abi.kvm_msrs))
+            values.update({entry.index: entry.data for entry in entries})
+            at += done + 1  # KVM stops at the first that it refuses
+        return values
+
+    def write_msrs(self, values: dict[int, int]) -> list[int]:
+        """Set registers in the order of `values`; returns the indices that KVM refused."""
+        wanted = list(values.items())
+        refused = []
+        at = 0
+        while at < len(wanted):
+            at += ioctl(self.fd, abi.KVM_SET_MSRS, _msr_buffer(wanted[at:]), "KVM_SET_MSRS")
+            if at < len(wanted):
+                refused.append(wanted[at][0])
+                at += 1
+        return refused
+
+    def get_cpuid(self) -> list[abi.kvm_cpuid_entry2]:
+        """The leaves that were set, with the bits that follow control registers as they stand."""
+        return read_cpuid(self.fd, abi.KVM_GET_CPUID2, "KVM_GET_CPUID2")
+
     def set_cpuid(self, entries: list[abi.kvm_cpuid_entry2]) -> None:
         header = ctypes.sizeof(abi.kvm_cpuid2)
         size = ctypes.sizeof(abi.kvm_cpuid_entry2)
@@ -150,6 +193,31 @@ class Vcpu:
             request.debugreg[index] = address
         request.debugreg[7] = dr7
         ioctl(self.fd, abi.KVM_SET_GUEST_DEBUG, ctypes.byref(request), "KVM_SET_GUEST_DEBUG")
+
+    def get_tsc_khz(self) -> int:
+        """The frequency of the guest's time-stamp counter."""
+        return ioctl(self.fd, abi.KVM_GET_TSC_KHZ, None, "KVM_GET_TSC_KHZ")
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """Raises OSError (EINVAL) when it is not the host's and the host cannot scale it."""
+        ioctl(self.fd, abi.KVM_SET_TSC_KHZ, khz, "KVM_SET_TSC_KHZ")
+
+    def get_tsc_offset(self) -> int:
+        """What KVM adds to the host's time-stamp counter to make the guest's, modulo 2**64."""
+        value = ctypes.c_uint64()
+        request = abi.kvm_device_attr(
+            group=abi.KVM_VCPU_TSC_CTRL, attr=abi.KVM_VCPU_TSC_OFFSET, addr=ctypes.addressof(value)
+        )
+        ioctl(self.fd, abi.KVM_GET_DEVICE_ATTR, ctypes.byref(request), "KVM_GET_DEVICE_ATTR TSC_OFFSET")
+        return value.value
+
+    def set_tsc_offset(self, offset: int) -> None:
+        """A KVM without VMX or SVM says yes and does nothing: its guests see the host's counter."""
+        value = ctypes.c_uint64(offset)
+        request = abi.kvm_device_attr(
+            group=abi.KVM_VCPU_TSC_CTRL, attr=abi.KVM_VCPU_TSC_OFFSET, addr=ctypes.addressof(value)
+        )
+        ioctl(self.fd, abi.KVM_SET_DEVICE_ATTR, ctypes.byref(request), "KVM_SET_DEVICE_ATTR TSC_OFFSET")
 
     def kvmclock_ctrl(self) -> None:
         """Tell the guest's kvm-clock that the vCPU was paused, so that no watchdog of the guest's takes the

@@ -95,7 +95,9 @@ class Vm:
 
     def create_vcpu(self, apic_id: int) -> Vcpu:
         fd = ioctl(self.fd, abi.KVM_CREATE_VCPU, apic_id, "KVM_CREATE_VCPU")
-        return Vcpu(fd, self.vcpu_mmap_size)
+        # 0 before Linux 5.17, whose area is always that of the struct.
+        xsave_size = max(self.check_extension(abi.KVM_CAP_XSAVE2), ctypes.sizeof(abi.kvm_xsave))
+        return Vcpu(fd, self.vcpu_mmap_size, xsave_size)
 
     def irq_line(self, gsi: int, level: int) -> None:
         """Set interrupt input `gsi` high (1) or low (0)."""
@@ -142,16 +144,26 @@ class Vm:
         request = abi.kvm_ioeventfd(datamatch=value or 0, addr=address, len=size, fd=fd, flags=flags)
         ioctl(self.fd, abi.KVM_IOEVENTFD, ctypes.byref(request), "KVM_IOEVENTFD")
 
-    def filter_msr_writes(self, index: int) -> None:
-        """Exit with KVM_EXIT_X86_WRMSR when the guest writes MSR `index`; all other MSRs stay KVM's."""
+    def filter_msr_writes(self, index: int, count: int = 1) -> None:
+        """Exit with KVM_EXIT_X86_WRMSR when the guest writes MSR `index` or one of the next, `count` (up to
+        64) together; all other MSRs stay KVM's.
+        """
         self.enable_cap(abi.KVM_CAP_X86_USER_SPACE_MSR, abi.KVM_MSR_EXIT_REASON_FILTER)
         denied = ctypes.c_uint64(0)
         wanted = abi.kvm_msr_filter_range(
-            flags=abi.KVM_MSR_FILTER_WRITE, nmsrs=1, base=index, bitmap=ctypes.addressof(denied)
+            flags=abi.KVM_MSR_FILTER_WRITE, nmsrs=count, base=index, bitmap=ctypes.addressof(denied)
         )
         request = abi.kvm_msr_filter()
         ctypes.memmove(request.ranges, ctypes.byref(wanted), ctypes.sizeof(wanted))
         ioctl(self.fd, abi.KVM_X86_SET_MSR_FILTER, ctypes.byref(request), "KVM_X86_SET_MSR_FILTER")
+
+    def get_pit(self) -> abi.kvm_pit_state2:
+        state = abi.kvm_pit_state2()
+        ioctl(self.fd, abi.KVM_GET_PIT2, ctypes.byref(state), "KVM_GET_PIT2")
+        return state
+
+    def set_pit(self, state: abi.kvm_pit_state2) -> None:
+        ioctl(self.fd, abi.KVM_SET_PIT2, ctypes.byref(state), "KVM_SET_PIT2")
 
     def get_clock(self) -> abi.kvm_clock_data:
         data = abi.kvm_clock_data()

@@ -16,7 +16,7 @@ class DiskConfig:
     """One virtio-blk disk. `format` is "raw" or "qcow2", stated or taken from the suffix: never probed.
 
     `serial` is what the guest reads as the disk's identity: at most 20 printable ASCII characters. `backing`
-    is a directory that backing files may lie in, symbolic links resolved, besides the disk's own.
+    are directories that backing files may lie in, symbolic links resolved, besides the disk's own.
 
     `throw_away`: the guest's writes go to an overlay that ends with the machine; `overlay`, when it is there
     already, is the descriptor of that file, which stays its opener's (`vmrun.host.overlays`).
@@ -26,7 +26,7 @@ class DiskConfig:
     format: str
     read_only: bool = False
     serial: str = ""
-    backing: Path | None = None
+    backing: tuple[Path, ...] = ()
     throw_away: bool = False
     overlay: int | None = field(default=None, compare=False, repr=False)
 

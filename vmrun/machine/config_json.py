@@ -22,6 +22,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "Path": (str,),
     "Path | None": (str, type(None)),
     "bytes | None": (str, type(None)),
+    "tuple[Path, ...]": (list,),
 }
 
 
@@ -36,7 +37,10 @@ def _describe(part: MachineConfig | DiskConfig | VhostUserDisk | NicConfig) -> d
             continue
         value = getattr(part, each.name)
         if isinstance(value, tuple):
-            value = [_describe(element) for element in value]
+            value = [
+                os.fspath(element) if isinstance(element, os.PathLike) else _describe(element)
+                for element in value
+            ]
         elif isinstance(value, bytes):
             value = value.hex(":")
         elif isinstance(value, os.PathLike):
@@ -66,12 +70,16 @@ def _parse(kind: type, keys: dict[str, Any]) -> dict[str, Any]:
     for key, value in keys.items():
         if key not in known:
             raise ValueError(f"{key}: no such setting")
-        name = known[key].type
-        name = name if isinstance(name, str) else getattr(name, "__name__", str(name))
-        wanted = TYPES.get(name.replace("pathlib.", "").replace("_local.", ""))
+        kind_of = known[key].type
+        name = kind_of.__name__ if isinstance(kind_of, type) else str(kind_of).replace("pathlib.", "")
+        wanted = TYPES.get(name)
         if wanted is None or not isinstance(value, wanted) or (isinstance(value, bool) and wanted != (bool,)):
             raise ValueError(f"{key}: {value!r} is not of its kind")
-        if isinstance(value, str) and key in PATHS:
+        if isinstance(value, list):
+            if not all(isinstance(each, str) for each in value):
+                raise ValueError(f"{key}: not a list of paths")
+            value = tuple(Path(each) for each in value)
+        elif isinstance(value, str) and key in PATHS:
             value = Path(value)
         elif isinstance(value, str) and name.startswith("bytes"):
             value = bytes.fromhex(value.replace(":", ""))

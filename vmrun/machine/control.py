@@ -2,14 +2,17 @@
 
 import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmrun.errors import UserError
 from vmrun.machine.config_json import describe_config
+from vmrun.machine.saving import Saving
 
 if TYPE_CHECKING:
     from vmrun.machine.machine import Machine
     from vmrun.machine.pause import Done
+    from vmrun.machine.saving import Told
 
 STOPPED = 128 + 15  # the exit code of a machine that was stopped without its guest's doing
 BLOCK = 512  # what st_blocks counts, stat(2)
@@ -21,6 +24,7 @@ class MachineControl:
     def __init__(self, machine: "Machine") -> None:
         self._machine = machine
         self._stopping = False
+        self._saving = Saving(machine)
         self._started = time.time()
 
     def status(self) -> dict[str, Any]:
@@ -49,6 +53,8 @@ class MachineControl:
         }
 
     def _state(self) -> str:
+        if self._saving.busy:
+            return "saving"
         if self._machine.pause.paused:
             return "paused"
         return "stopping" if self._stopping else "running"
@@ -68,7 +74,17 @@ class MachineControl:
     def pause(self, done: "Done") -> None:
         if self._stopping:
             raise UserError(f"{self._machine.config.name} is being stopped")
-        self._machine.quiesce(done)
+        self._machine.pause.pause(done)
 
     def resume(self) -> None:
+        if self._saving.busy:
+            raise UserError(f"a snapshot of {self._machine.config.name} is being made: it goes on by itself")
         self._machine.pause.resume()
+
+    def snapshot(self, directory: Path, end: bool, done: "Told") -> None:
+        """Write a snapshot, and tell `done` what came of it. The machine is paused for it, and goes on if it
+        ran before, unless it is to `end`.
+        """
+        if self._stopping:
+            raise UserError(f"{self._machine.config.name} is being stopped")
+        self._saving.begin(directory, end=end, done=done)

@@ -99,6 +99,13 @@ class Interrupts:
         """With `lock` held. KVM takes the table only whole; it is a few dozen entries."""
         self.vm.set_gsi_routing([*default_routes(), *self.routes.values()])
 
+    def assert_again(self) -> None:
+        """Raise the inputs that somebody drives, after KVM's interrupt controllers got another state."""
+        with self.lock:
+            for gsi, count in self.asserted.items():
+                if count:
+                    self.vm.irq_line(gsi, 1)
+
     def set_level_triggered(self, gsis: tuple[int, ...]) -> None:
         """Make PIC inputs `gsis` level-triggered (the ELCR), which firmware does on a PC before PCI is
         used.

@@ -11,8 +11,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
 
 Callback = Callable[[], None]
+T = TypeVar("T")
+
+ASK_SECONDS = 0.2  # how often who asked looks whether the loop is still there
 
 
 class EventLoop:
@@ -25,34 +29,41 @@ class EventLoop:
         self._lock = threading.Lock()
         self._callbacks: dict[int, Callback] = {}
         self._writers: dict[int, Callback] = {}
+        self._hangups: dict[int, Callback] = {}
         self._soon: deque[Callback] = deque()
         self._timers: list[tuple[float, int, Callback]] = []
         self._cancelled: set[int] = set()
         self._next_timer = 0
         self._stopping = False
 
-    def watch(self, fd: int, callback: Callback) -> None:
-        """Call `callback` whenever `fd` is readable or hung up."""
-        with self._lock:
-            self._callbacks[fd] = callback
-            self._update(fd)
+    def watch(self, fd: int, callback: Callback | None) -> None:
+        """Call `callback` whenever `fd` is readable or hung up; None stops that, and nothing else."""
+        self._watch(self._callbacks, fd, callback)
 
     def watch_writable(self, fd: int, callback: Callback | None) -> None:
         """Call `callback` whenever `fd` can take more; None stops that."""
+        self._watch(self._writers, fd, callback)
+
+    def watch_hangup(self, fd: int, callback: Callback | None) -> None:
+        """Call `callback` whenever `fd` is hung up in both directions, also while nothing else about it is of
+        interest; None stops that.
+        """
+        self._watch(self._hangups, fd, callback)
+
+    def _watch(self, callbacks: dict[int, Callback], fd: int, callback: Callback | None) -> None:
         with self._lock:
             if callback is None:
-                self._writers.pop(fd, None)
+                callbacks.pop(fd, None)
             else:
-                self._writers[fd] = callback
+                callbacks[fd] = callback
             self._update(fd)
 
     def unwatch(self, fd: int) -> None:
-        """Forget `fd`, readable and writable; fine when it was not watched. To be called before `fd` is
-        closed.
-        """
+        """Forget `fd` altogether; fine when it was not watched. To be called before `fd` is closed."""
         with self._lock:
             self._callbacks.pop(fd, None)
             self._writers.pop(fd, None)
+            self._hangups.pop(fd, None)
             self._update(fd)
 
     def _update(self, fd: int) -> None:
@@ -60,7 +71,7 @@ class EventLoop:
             select.EPOLLOUT if fd in self._writers else 0
         )
         try:
-            if not events:
+            if not events and fd not in self._hangups:
                 self._epoll.unregister(fd)
                 return
             try:
@@ -68,13 +79,36 @@ class EventLoop:
             except FileNotFoundError:
                 self._epoll.register(fd, events)
         except (FileNotFoundError, ValueError):
-            if events:
+            if events or fd in self._hangups:
                 raise
 
     def call_soon(self, callback: Callback) -> None:
         """Run `callback` on the loop's thread."""
         self._soon.append(callback)
         os.eventfd_write(self._wake_fd, 1)
+
+    def ask(self, work: Callable[[], T]) -> T:
+        """Have the loop's thread do `work`, and wait for what comes of it, an exception too; OSError when the
+        loop stops instead. Any other thread.
+        """
+        done = threading.Event()
+        results: list[T] = []
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                results.append(work())
+            except Exception as error:
+                failures.append(error)
+            done.set()
+
+        self.call_soon(run)
+        while not done.wait(ASK_SECONDS):
+            if self._stopping:
+                raise OSError("the machine ended meanwhile")
+        if failures:
+            raise failures[0]
+        return results[0]
 
     def call_later(self, seconds: float, callback: Callback) -> int:
         """Run `callback` once, in `seconds`; the result is for `cancel`. Loop thread only."""
@@ -105,6 +139,9 @@ class EventLoop:
                 writer = self._writers.get(fd)
                 if writer is not None and events & ~select.EPOLLIN:
                     writer()
+                hangup = self._hangups.get(fd)
+                if hangup is not None and events & select.EPOLLHUP:
+                    hangup()
             # Only what is there now. What comes meanwhile has signalled the wake-up descriptor too, and a
             # guest that makes vCPU threads hand over work without end does not keep timers and descriptors
             # waiting.

@@ -6,6 +6,8 @@ board, and loads the kernel; `run` lets it live until the guest, the user or a f
 opened is on one ExitStack and goes in reverse order, whatever happens.
 """
 
+from __future__ import annotations
+
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from devices.errors import ImageError
 from devices.pci.bus import PciBus
@@ -25,22 +28,18 @@ from devices.platform.i8042 import I8042
 from devices.platform.post import PostCodes
 from devices.platform.pvpanic import PvPanic
 from devices.platform.uart import Uart
-from devices.scsi.medium import Medium
-from devices.vhost.frontend import VhostUserDevice
 from devices.vhost.messages import ProtocolError
 from devices.virtio.device import VIRTIO_ID_NET, VirtioDevice
 from devices.virtio.rng import VirtioRng
-from devices.virtio.scsi import ScsiDevice
 from devices.virtio.transport import VirtioPciFunction, virtio_identity
 from devices.virtio.vmmci import IDENTITY as VMMCI_IDENTITY
-from vmrun.boot.firmware import Firmware
-from vmrun.boot.firmware import load as load_firmware
 from vmrun.boot.loader import load
 from vmrun.errors import EXIT_IMAGE, EXIT_NO_KVM, EXIT_PANIC, EXIT_TIMEOUT, EXIT_VMM, UserError
-from vmrun.host.check import kvm_flavour
-from vmrun.host.disks import Disks, OpenDisk
+from vmrun.host.check import cpu_flags, kvm_flavour
+from vmrun.host.disks import Disks, MachineDisk, OpenDisk
 from vmrun.host.nics import Nics
 from vmrun.kvm import System, Vm, abi
+from vmrun.kvm.identity import cpu_identity
 from vmrun.kvm.software import SoftwareCpu, adjust_cpuid, prepare_vm
 from vmrun.machine import layout
 from vmrun.machine.board import KvmBoard
@@ -48,20 +47,54 @@ from vmrun.machine.bootplan import plan
 from vmrun.machine.clock_jump import ClockJump
 from vmrun.machine.config import DiskConfig, MachineConfig, VhostUserDisk
 from vmrun.machine.cpuid import vcpu_leaves
-from vmrun.machine.flash import Flash
 from vmrun.machine.loop import EventLoop
 from vmrun.machine.memory import Ram
-from vmrun.machine.pause import Done, Pause
+from vmrun.machine.pause import Pause
 from vmrun.machine.serial import ConsoleLike, SerialLink
 from vmrun.machine.shutdown import Shutdown
 from vmrun.machine.vcpu import GuestHalted, VcpuThread, allow_kicks, set_boot_state, set_common_state
-from vmrun.machine.workers import SupervisedWorker, connect_foreign
+
+if TYPE_CHECKING:
+    from devices.scsi.medium import Medium
+    from devices.vhost.frontend import VhostUserDevice
+    from vmrun.boot.firmware import Firmware
+    from vmrun.machine.workers import SupervisedWorker
+    from vmrun.snapshot.memory_file import OpenMemory
+    from vmrun.snapshot.pager import LazyRam
+
+# Devices that not every machine has are imported where they are plugged: an import at the top is paid for by
+# every start.
 
 SOFTWARE_KVM_NOTE = (
     "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), vmrun finishes what it "
     "leaves undone; programs run at full speed. See `vmrun doctor`"
 )
 STOP_SECONDS = 5.0  # how long a vCPU thread may take to leave the guest
+
+
+class Savable(Protocol):
+    """A device whose state a snapshot has. `load` raises ValueError for what `save` cannot have said."""
+
+    def save(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
+
+
+class SavedMachine(Protocol):
+    """What a snapshot knows of a machine; `vmrun.snapshot.restore` has it. `hold`: it stays paused."""
+
+    hold: bool
+    memory: OpenMemory
+
+    def cpuid(self, cpu: dict[str, Any]) -> list[list[abi.kvm_cpuid_entry2]]:
+        """The leaves of each vCPU. UserError when the guest cannot go on with `cpu`, the processor here."""
+
+    def fill(self, machine: Machine, stack: ExitStack) -> LazyRam:
+        """See to it that the machine's memory, which is empty, gets its contents, sooner or later. Before any
+        of it is touched.
+        """
+
+    def load(self, machine: Machine) -> None:
+        """Put the machine, whose devices are all there, into its state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +113,17 @@ def run(
     *,
     console: ConsoleLike,
     timeout: float | None = None,
-    attend: Callable[["Machine"], None] = lambda machine: None,
+    attend: Callable[[Machine], None] = lambda machine: None,
+    saved: SavedMachine | None = None,
 ) -> Outcome:
     """Build the machine, run it to its end, and leave nothing behind. Raises UserError and OSError.
 
     Ends after `timeout` seconds at the latest, counted from the guest's first instruction. `attend` is given
-    the machine before it runs.
+    the machine before it runs. With `saved` it goes on where that one was, once it is resumed: it begins
+    pausing.
     """
     with ExitStack() as stack:
-        machine = Machine(config, console, stack)
+        machine = Machine(config, console, stack, saved)
         attend(machine)
         return machine.run(timeout)
 
@@ -98,28 +133,45 @@ class Machine:
     `run`.
     """
 
-    def __init__(self, config: MachineConfig, console: ConsoleLike, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        config: MachineConfig,
+        console: ConsoleLike,
+        stack: ExitStack,
+        saved: SavedMachine | None = None,
+    ) -> None:
         self.config = config
         self.outcome: Outcome | None = None
+        self.vcpus: list[VcpuThread] = []
+        self.workers: dict[str, SupervisedWorker] = {}
+        self.on_config: Callable[[MachineConfig], None] = lambda config: None
+        self._saved = saved
         self._termination_asked = False
         self._software_kvm = kvm_flavour() == "pvm"
-        boot = plan(config, software_kvm=self._software_kvm) if config.firmware is None else None
+        boot = None
+        if saved is None and config.firmware is None:
+            boot = plan(config, software_kvm=self._software_kvm)
         images = [disk for disk in config.disks if isinstance(disk, DiskConfig)]
-        disks = stack.enter_context(Disks(images))
+        disks = self._disks = stack.enter_context(Disks(images))
         disc = _open_disc(config.cdrom, stack) if config.cdrom is not None else None
-        nics = stack.enter_context(Nics(config.nics, config.name))
-
-        # Workers take a while to start: they do it while we build the rest.
-        workers: dict[str, SupervisedWorker] = {}
-        positions = [index for index, disk in enumerate(config.disks) if isinstance(disk, DiskConfig)]
-        for index, disk in zip(positions, disks, strict=True):
-            worker = SupervisedWorker("blk", f"blk{index}", disk.words, disk.fds)
-            workers[worker.name] = stack.enter_context(worker)
-        for index, nic in enumerate(nics):
-            worker = SupervisedWorker("net", f"net{index}", nic.words, {"tap": nic.tap.fd})
-            workers[worker.name] = stack.enter_context(worker)
+        nics = self._nics = stack.enter_context(Nics(config.nics, config.name))
 
         self.ram = stack.enter_context(Ram(config.memory))
+        self.lazy: LazyRam | None = saved.fill(self, stack) if saved is not None else None
+        # Workers take a while to start: they do it while we build the rest.
+        workers = self.workers
+        positions = [index for index, disk in enumerate(config.disks) if isinstance(disk, DiskConfig)]
+        for index, disk in zip(positions, disks, strict=True):
+            from vmrun.machine.workers import SupervisedWorker
+
+            worker = SupervisedWorker("blk", f"blk{index}", disk.words, disk.fds, self.lazy)
+            workers[worker.name] = stack.enter_context(worker)
+        for index, nic in enumerate(nics):
+            from vmrun.machine.workers import SupervisedWorker
+
+            worker = SupervisedWorker("net", f"net{index}", nic.words, {"tap": nic.tap.fd}, self.lazy)
+            workers[worker.name] = stack.enter_context(worker)
+
         state = self._firmware = self._flash = None
         if boot is not None:
             state = load(
@@ -127,12 +179,16 @@ class Machine:
             )
         elif config.firmware is not None:
             self._firmware = self._load_firmware(config.firmware)
+            from vmrun.machine.flash import Flash
+
             self._flash = stack.enter_context(Flash(self._firmware.image))
         self.loop = EventLoop()
         stack.callback(self.loop.close)
         kvm = stack.enter_context(_open_kvm())
         vm = stack.enter_context(self._create_vm(kvm))
         supported = kvm.supported_cpuid()
+        self.msr_indices = kvm.msr_indices()
+        self.cpu_identity = cpu_identity(supported, software=self._software_kvm, host_flags=cpu_flags())
         self.board = KvmBoard(vm, self.loop, _physical_address_bits(supported))
         self.pci = PciBus(
             self.board,
@@ -146,15 +202,24 @@ class Machine:
         self._plug_platform(console)
         self._plug_workers(workers, stack)
         if disc is not None:
+            from devices.virtio.scsi import ScsiDevice
+
             scsi = ScsiDevice(self.ram.memory, self.board, disc)
             self._plug_virtio_device(scsi, "scsi")
         self._plug_virtio()
-        self.vcpus = [self._create_vcpu(vm, supported, index, stack) for index in range(config.cpus)]
+        leaves = [vcpu_leaves(supported, index, config.cpus) for index in range(config.cpus)]
+        if self._software_kvm:
+            for each in leaves:
+                adjust_cpuid(each)
+        if saved is not None:
+            leaves = saved.cpuid(self.cpu_identity)
+        self.vcpus = [self._create_vcpu(vm, each, index, stack) for index, each in enumerate(leaves)]
         if state is not None:
             set_boot_state(self.vcpus[0].vcpu, state)
         # Otherwise the CPU stays as KVM made it: after a reset, about to fetch from the end of the flash.
-        self.workers = workers
-        self.pause = Pause(self.loop, self.vcpus)
+        self.pause = Pause(self.loop, self.vcpus, self.pci)
+        if saved is not None:
+            saved.load(self)
 
     def _create_vm(self, kvm: System) -> Vm:
         vm = kvm.create_vm()
@@ -163,20 +228,23 @@ class Machine:
             vm.set_tss_address(layout.KVM_TSS)
             if self._software_kvm:
                 prepare_vm(vm)
-            vm.create_irqchip()
-            vm.create_pit()
+            # Memory first: once there are interrupt controllers, KVM waits 4 ms for an RCU grace period there.
             self.ram.plug_into(vm)
             if self._flash is not None:
                 self._flash.plug_into(vm, len(self.ram.memory.regions))
+            vm.create_irqchip()
+            vm.create_pit()
         except BaseException:
             vm.close()
             raise
         return vm
 
     def _load_firmware(self, path: Path) -> Firmware:
+        from vmrun.boot.firmware import load
+
         cards = virtio_identity(VIRTIO_ID_NET)
         roms = {nic.rom for nic in self.config.nics if nic.rom is not None}
-        return load_firmware(
+        return load(
             self.ram.memory,
             path,
             cpus=self.config.cpus,
@@ -194,7 +262,8 @@ class Machine:
         self.serial.start(self.uart)
         low = min(self.config.memory, layout.PCI_HOLE_START)
         usable = low if self._firmware is None else self._firmware.ram_end
-        pio.insert(layout.CMOS_PORT, 2, Cmos(usable, self.config.memory - low))
+        cmos = Cmos(usable, self.config.memory - low)
+        pio.insert(layout.CMOS_PORT, 2, cmos)
         if self._firmware is not None:
             pio.insert(fw_cfg.SELECT_PORT, fw_cfg.PORTS, self._firmware.config)
             if self.config.verbose:
@@ -211,6 +280,13 @@ class Machine:
             lambda value: self.end(value & 0xFF, f"the guest wrote {value} to its debug exit")
         )
         pio.insert(layout.DEBUG_EXIT_PORT, 1, debug_exit)
+        self.platform: dict[str, Savable] = {
+            "uart": self.uart,
+            "cmos": cmos,
+            "i8042": keyboard,
+            "acpi_pm": self.acpi_pm,
+            "post_codes": self.post_codes,
+        }
         self.pci.plug(PvPanic(lambda: self.end(EXIT_PANIC, "the guest's kernel panicked")))
 
     def _plug_virtio(self) -> None:
@@ -235,6 +311,8 @@ class Machine:
         self.devices: dict[str, VhostUserDevice] = {}
         for name in dict.fromkeys((*names, *workers)):
             if name in foreign:
+                from vmrun.machine.workers import connect_foreign
+
                 device = connect_foreign(
                     foreign[name], name, self.ram.memory, self.board, lambda text: self.end(EXIT_VMM, text)
                 )
@@ -258,14 +336,10 @@ class Machine:
             raise UserError(str(error), EXIT_IMAGE) from None
 
     def _create_vcpu(
-        self, vm: Vm, supported: list[abi.kvm_cpuid_entry2], index: int, stack: ExitStack
+        self, vm: Vm, leaves: list[abi.kvm_cpuid_entry2], index: int, stack: ExitStack
     ) -> VcpuThread:
         vcpu = stack.enter_context(vm.create_vcpu(index))
-        leaves = vcpu_leaves(supported, index, self.config.cpus)
-        helper = None
-        if self._software_kvm:
-            adjust_cpuid(leaves)
-            helper = SoftwareCpu(vcpu, self.ram.memory.find, leaves)
+        helper = SoftwareCpu(vcpu, self.ram.memory.find, leaves) if self._software_kvm else None
         vcpu.set_cpuid(leaves)
         set_common_state(vcpu)
         return VcpuThread(index, vcpu, self.board.pio, self.board.mmio, helper, self._vcpu_ended)
@@ -283,6 +357,8 @@ class Machine:
                 self.loop.call_later(
                     timeout, lambda: self.end(EXIT_TIMEOUT, f"timed out after {timeout:g} s")
                 )
+            if self._saved is not None:
+                self.pause.pause(self._restored)
             for thread in self.vcpus:
                 thread.start()
             self.loop.run()
@@ -292,18 +368,66 @@ class Machine:
                 signal.signal(number, handler)
         return self.outcome or Outcome(EXIT_VMM, "the main loop ended for no reason")
 
-    def quiesce(self, done: Done) -> None:
-        """Make the machine hold still, `done` is called when it does: its vCPUs are out of the guest. The
-        workers' rings are where stopping them would come in. `self.pause.resume` lets it go on. Main loop.
+    def _restored(self, error: str | None) -> None:
+        """What was restored holds still."""
+        if error is not None:
+            self.end(EXIT_VMM, error)
+        elif self._saved is not None and not self._saved.hold:
+            self.pause.resume()
+
+    def halt(self) -> None:
+        """Memory is lost: have the vCPUs leave the guest, and nobody use what they would read. Any thread; it
+        waits for nobody.
         """
-        self.pause.pause(done)
+        for thread in self.vcpus:
+            thread.stop()
+        for worker in self.workers.values():
+            worker.kill()
+
+    def adopt(self, config: MachineConfig) -> None:
+        """From now on the machine is made of `config`: its disks have other files. Main loop."""
+        self.config = config
+        for index, disk in enumerate(config.disks):
+            if isinstance(disk, DiskConfig):
+                self.disk(index).config = disk
+        self.on_config(config)
+
+    def disk(self, index: int) -> MachineDisk:
+        """The files of disk `index`, which is an image of ours."""
+        before = sum(isinstance(disk, DiskConfig) for disk in self.config.disks[:index])
+        return self._disks[before]
+
+    def exchange_disk(self, index: int, config: DiskConfig) -> None:
+        """Let disk `index` be what `config` says from now on: its worker was released. While the machine is
+        paused, on a parked vCPU's thread. Raises UserError and OSError.
+        """
+        before = sum(isinstance(disk, DiskConfig) for disk in self.config.disks[:index])
+        disk = self._disks.exchange(before, config)
+        worker = self.workers[f"blk{index}"]
+        channel = self.loop.ask(lambda: worker.launch_another(disk.words, disk.fds))
+        try:
+            self.devices[f"blk{index}"].restart(channel)
+        except ProtocolError as error:
+            raise OSError(str(error)) from None
+
+    def memory_source(self) -> OpenMemory | None:
+        """Where memory comes from that is not here yet."""
+        if self._saved is None or self.lazy is None or not self.lazy.pending:
+            return None
+        return self._saved.memory
+
+    def macs(self) -> list[str]:
+        """Of the cards, in order."""
+        return [nic.words["mac"] for nic in self._nics]
 
     def _stop_vcpus(self) -> None:
         self.pause.release()
         for thread in self.vcpus:
             thread.stop()
         for thread in self.vcpus:
-            if thread.join(STOP_SECONDS):
+            while not thread.join(STOP_SECONDS) and self.pause.working:
+                pass  # a snapshot is being written; it ends by itself
+            if thread.join(0):
                 continue
             # It waits for a worker, which a reset does until the requests under way are finished; one that
             # was taken over never answers. Without their channels workers finish, flush and end as well.
@@ -367,6 +491,8 @@ class Machine:
 
 def _open_disc(path: Path, stack: ExitStack) -> Medium:
     """The image at `path`, open and locked against writers until `stack` is closed."""
+    from devices.scsi.medium import Medium
+
     file = stack.enter_context(closing(OpenDisk(DiskConfig(path, "raw", read_only=True))))
     try:
         return Medium(file.fd)

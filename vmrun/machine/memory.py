@@ -46,6 +46,14 @@ class Ram:
         for slot, (region, pin) in enumerate(zip(self.memory.regions, self._pins, strict=True)):
             vm.set_memory(slot, region.gpa, region.size, ctypes.addressof(pin))
 
+    @property
+    def mappings(self) -> list[tuple[int, int, int]]:
+        """Where each region is: (address in this process, size, offset in the memfd)."""
+        return [
+            (ctypes.addressof(pin), region.size, region.offset)
+            for region, pin in zip(self.memory.regions, self._pins, strict=True)
+        ]
+
     def close(self) -> None:
         self._pins.clear()
         try:

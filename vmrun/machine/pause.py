@@ -1,14 +1,17 @@
-"""Stops a machine's vCPUs and lets them go on. VMM process; the methods belong to the main loop.
+"""Makes a machine hold still, and lets it go on. VMM process; the methods belong to the main loop.
 
-A vCPU is paused when its thread has left the guest, has completed the access the guest was in the middle of
+A vCPU is parked when its thread has left the guest, has completed the access the guest was in the middle of
 (KVM does that on the next entry, which `immediate_exit` makes a short one), and says so. It then waits in its
-own thread. Devices are not asked: with no vCPU to make requests a disk's worker finishes what it has and is
-quiet; a card's worker still fills the receive buffers the guest has given.
+own thread. When all are parked the devices are stopped: every ring is quiet, and every request that was taken
+is finished. That waits for workers, as does starting them again, and the main loop waits for nobody: the
+parked thread of the first vCPU does it, and whatever else takes long and needs a machine that holds still.
 """
 
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Protocol
 
 from vmrun.machine.loop import EventLoop
 from vmrun.machine.vcpu import VcpuThread
@@ -19,69 +22,139 @@ PAUSE_SECONDS = 12.0
 Done = Callable[[str | None], None]  # gets None, or why it did not work
 
 
+class Devices(Protocol):
+    """What is stopped after the vCPUs and started before them. Both wait for workers; neither is an error
+    when done already.
+    """
+
+    def pause(self) -> None: ...
+    def unpause(self) -> None: ...
+
+
+class Turn:
+    """One time of holding still. The parked vCPUs wait here; the first one works off `work` meanwhile."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._go = threading.Event()
+
+    def post(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+
+    def end(self, *, at_once: bool) -> None:
+        """Let them go on, after what was posted; or `at_once`, all but the first."""
+        self.over = True
+        self._work.put(None)
+        if at_once:
+            self._go.set()
+
+    def wait(self, first: bool) -> None:
+        """On a vCPU's thread, until the end."""
+        if not first:
+            self._go.wait()
+            return
+        try:
+            while (work := self._work.get()) is not None:
+                work()
+        finally:
+            self._go.set()
+
+
 class Pause:
     """`paused` and `pausing` say where it stands. Pausing twice is no error, nor is resuming what runs."""
 
-    def __init__(self, loop: EventLoop, vcpus: Sequence[VcpuThread]) -> None:
+    def __init__(self, loop: EventLoop, vcpus: Sequence[VcpuThread], devices: Devices) -> None:
         self.paused = False
+        self.working = 0  # how much of what was given to `do` is not done
         self._loop = loop
         self._vcpus = vcpus
-        self._go = threading.Event()  # set: the vCPUs that wait for it go on. A new one for each pause
+        self._devices = devices
+        self._turn: Turn | None = None
         self._missing: set[int] = set()
         self._waiting: list[Done] = []
         self._timer = 0
 
     @property
     def pausing(self) -> bool:
-        return bool(self._missing)
+        return self._turn is not None and not self.paused
 
     def pause(self, done: Done) -> None:
-        """Stop the vCPUs; `done` is called when all are out of the guest, or when one does not come."""
+        """Stop the vCPUs and the devices; `done` is called when they are, or when a vCPU does not come."""
         if self.paused:
             done(None)
             return
         self._waiting.append(done)
-        if self._missing:
+        if self._turn is not None:
             return
-        self._go = threading.Event()
+        turn = self._turn = Turn()
         self._missing = {thread.index for thread in self._vcpus}
         self._timer = self._loop.call_later(PAUSE_SECONDS, self._late)
         for thread in self._vcpus:
-            thread.post(partial(self._park, thread, self._go))
+            thread.post(partial(self._park, thread, turn))
 
-    def _park(self, thread: VcpuThread, go: threading.Event) -> None:
+    def _park(self, thread: VcpuThread, turn: Turn) -> None:
         """On the vCPU's thread, between two runs of the guest."""
         thread.vcpu.kvmclock_ctrl()
-        self._loop.call_soon(partial(self._parked, thread.index, go))
-        go.wait()
+        self._loop.call_soon(partial(self._parked, thread.index, turn))
+        turn.wait(first=thread is self._vcpus[0])
 
-    def _parked(self, index: int, go: threading.Event) -> None:
-        if go is not self._go or go.is_set():
+    def _parked(self, index: int, turn: Turn) -> None:
+        if turn is not self._turn:
             return  # of a pause that was given up
         self._missing.discard(index)
         if not self._missing:
             self._loop.cancel(self._timer)
+            turn.post(partial(self._stop_devices, turn))
+
+    def _stop_devices(self, turn: Turn) -> None:
+        if not turn.over:
+            self._devices.pause()
+        self._loop.call_soon(partial(self._still, turn))
+
+    def _still(self, turn: Turn) -> None:
+        if turn is self._turn:
             self.paused = True
             self._tell(None)
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Have `work` done while the machine is paused, on the thread of a parked vCPU. It may take long, and
+        must not raise.
+        """
+        if self._turn is None or not self.paused:
+            raise ValueError("the machine is not paused")
+        self.working += 1
+        self._turn.post(partial(self._do, work))
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        finally:
+            self.working -= 1
 
     def _late(self) -> None:
         names = ", ".join(str(index) for index in sorted(self._missing))
         self._let_go(f"vCPU {names} does not leave the guest within {PAUSE_SECONDS:g} s")
 
     def resume(self) -> None:
-        """Let the vCPUs go on."""
+        """Let the machine go on: the devices, then the vCPUs. What was given to `do` is done first."""
         if self._missing:
             self._loop.cancel(self._timer)
         self._let_go("it was resumed meanwhile")
 
     def release(self) -> None:
         """The machine ends, and its vCPU threads must be able to. The loop does not run any more."""
-        self._go.set()
+        if self._turn is not None:
+            self._turn.end(at_once=True)
 
     def _let_go(self, reason: str) -> None:
+        turn, self._turn = self._turn, None
+        missing, self._missing = self._missing, set()
         self.paused = False
-        self._missing = set()
-        self._go.set()
+        if turn is not None:
+            turn.post(self._devices.unpause)
+            # Who was to start the devices may be the one that did not come: then none was stopped.
+            turn.end(at_once=self._vcpus[0].index in missing)
         self._tell(reason)
 
     def _tell(self, error: str | None) -> None:

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from devices.bus import Bus
 from vmrun.boot.cpustate import CpuState, Segment
@@ -27,6 +27,8 @@ class Helper(Protocol):
     """Finishes exits that this KVM leaves undone; see `vmrun.kvm.software`."""
 
     def finish(self, reason: int) -> bool: ...
+    def save(self) -> dict[str, Any]: ...
+    def load(self, state: dict[str, Any]) -> None: ...
 
 
 class GuestHalted(Exception):
@@ -65,7 +67,7 @@ class VcpuThread:
         self.exits = 0
         self._pio = pio
         self._mmio = mmio
-        self._helper = helper
+        self.helper = helper
         self._on_end = on_end
         self._stopping = False
         self._mailbox: deque[Callable[[], None]] = deque()
@@ -111,6 +113,7 @@ class VcpuThread:
 
     def _run(self) -> None:
         vcpu = self.vcpu
+        self._do_posted()  # a restored machine holds still before its first instruction
         while not self._stopping:
             reason = vcpu.run()
             self.exits += 1
@@ -120,10 +123,13 @@ class VcpuThread:
                 self._memory_access()
             elif reason == abi.KVM_EXIT_INTR:
                 vcpu.header.immediate_exit = 0
-                while self._mailbox:
-                    self._mailbox.popleft()()
-            elif self._helper is None or not self._helper.finish(reason):
+                self._do_posted()
+            elif self.helper is None or not self.helper.finish(reason):
                 self._other(reason)
+
+    def _do_posted(self) -> None:
+        while self._mailbox:
+            self._mailbox.popleft()()
 
     def _port_access(self) -> None:
         io = self.vcpu.io

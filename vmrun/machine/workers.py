@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from devices.board import Board
 from devices.memory import GuestMemory
@@ -30,6 +31,9 @@ from devices.virtio.device import VIRTIO_ID_BLOCK, VIRTIO_ID_NET
 from devices.worker.launcher import launch
 from vmrun.errors import EXIT_IMAGE, EXIT_VMM, UserError
 from vmrun.machine.loop import EventLoop
+
+if TYPE_CHECKING:
+    from vmrun.snapshot.pager import LazyRam
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,9 @@ MAX_RESTARTS = 3
 RESTART_WINDOW = 60.0
 RESTART_DELAYS = (0.0, 0.5, 2.0)
 
+# How long a worker that was let go may take to finish its requests and flush its image.
+RELEASE_SECONDS = 120.0
+
 DEAD_WORKER_SECONDS = 2.0  # how long a broken channel may precede the news of its worker's death
 
 End = Callable[[int, str], None]
@@ -51,23 +58,35 @@ class SupervisedWorker:
     """One worker over all its lives. A context manager: at its end the worker is gone.
 
     What it calls `end(exit code, reason)` for is the machine's end. `fds` stay the caller's and must stay
-    open: each life gets them anew.
+    open: each life gets them anew. `lazy` is who fills the guest's memory, if that is done while it runs.
     """
 
-    def __init__(self, kind: str, name: str, words: Mapping[str, str], fds: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        words: Mapping[str, str],
+        fds: Mapping[str, int],
+        lazy: "LazyRam | None" = None,
+    ) -> None:
         self.kind = kind
         self.name = name
         self.restarts = 0
         self._words = dict(words)
         self._fds = dict(fds)
+        self._lazy = lazy
         self._deaths: deque[float] = deque()
         self._quitting = False
+        self._released = False  # by us; its end is no death
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._launch()
 
     def _launch(self) -> None:
-        self.worker = launch(self.kind, self.name, self._words, self._fds)
+        fds = dict(self._fds)
+        if self._lazy is not None and self._lazy.userfault_fd >= 0:
+            fds["userfault"] = self._lazy.userfault_fd
+        self.worker = launch(self.kind, self.name, self._words, fds)
         self._gone = threading.Event()  # this worker has ended
 
     def connect(self, memory: GuestMemory, board: Board, loop: EventLoop, end: End) -> VhostUserDevice:
@@ -86,6 +105,7 @@ class SupervisedWorker:
                 board=board,
                 on_failure=self._channel_failed,
                 wait_for_end=self._wait_until_gone,
+                lazy=self._lazy,
             )
         except ProtocolError as error:
             if not self.worker.wait(DEAD_WORKER_SECONDS):
@@ -118,10 +138,41 @@ class SupervisedWorker:
         """Any thread but the main loop's."""
         self._gone.wait(2 * DEAD_WORKER_SECONDS)
 
+    def release(self) -> None:
+        """Let the worker finish, flush and end, so that what it served can be exchanged: `replace` brings
+        another. The machine is paused. Any thread but the main loop's. OSError when it did not end well.
+        """
+        self._released = True
+        self.device.release()
+        if not self._gone.wait(RELEASE_SECONDS):
+            raise TimeoutError(f"worker {self.name} does not end")
+        if self.worker.exit_code != 0:
+            raise OSError(self.worker.describe_exit())
+
+    def launch_another(self, words: Mapping[str, str], fds: Mapping[str, int]) -> socket.socket:
+        """After `release`: start a worker for something else, for `VhostUserDevice.restart` with what is
+        returned. Main loop.
+        """
+        self.worker.stop()
+        self._words, self._fds = dict(words), dict(fds)
+        self._launch()
+        self._released = False
+        self._loop.watch(self.worker.pidfd, self._ended)
+        return self.worker.channel
+
+    def kill(self) -> None:
+        """At once, whatever it does. Any thread."""
+        try:
+            signal.pidfd_send_signal(self.worker.pidfd, signal.SIGKILL)
+        except OSError:
+            pass  # it is gone already
+
     def _ended(self) -> None:
         self._loop.unwatch(self.worker.pidfd)
         self.worker.poll()
         self._gone.set()
+        if self._released:
+            return
         reason, code = self._reason()
         now = time.monotonic()
         while self._deaths and self._deaths[0] < now - RESTART_WINDOW:
@@ -137,7 +188,7 @@ class SupervisedWorker:
             self._loop.call_later(delay, self._start_again)
 
     def _start_again(self) -> None:
-        if self._quitting:
+        if self._quitting or self._released or not self._gone.is_set():
             return
         if self._thread is not None:
             self._thread.join()  # it has reported; a moment

@@ -3,10 +3,13 @@
 Three things come here:
 
 * KVM_EXIT_INTERNAL_ERROR, emulation: kernel-mode code met an instruction that the emulator does not know.
-* KVM_EXIT_X86_WRMSR: the guest set LSTAR, the address its system calls enter at (we asked for this exit).
-* KVM_EXIT_DEBUG: the guest reached its page-fault handler, where we keep a hardware breakpoint. A SYSCALL in
-  user mode jumps to LSTAR without leaving user mode, faults on the fetch, and arrives here; we finish it. A
-  true page fault is let through. The guest's own hardware breakpoints do not work meanwhile.
+* KVM_EXIT_X86_WRMSR: the guest set LSTAR or CSTAR, the addresses its system calls enter at (we asked for
+  this exit).
+* KVM_EXIT_DEBUG: the guest reached a place where we keep a hardware breakpoint. One is its page-fault handler:
+  a SYSCALL in user mode jumps to LSTAR without leaving user mode, faults on the fetch, and arrives here; we
+  finish it. A true page fault is let through. The other is where KVM lets a SYSCALL of 32-bit code enter: the
+  lower half of CSTAR, in kernel mode and on the program's stack, which would be the kernel's end. The program
+  gets the #UD that it gets from Intel's processors. The guest's own hardware breakpoints do not work meanwhile.
 
 The guest may bring any register, page table or code here. What a processor would answer with an exception
 becomes that exception in the guest.
@@ -14,8 +17,10 @@ becomes that exception in the guest.
 
 import ctypes
 from struct import Struct
+from typing import Any
 
 from vmrun.kvm import abi
+from vmrun.kvm.packing import check_keys, check_number
 from vmrun.kvm.software.decode import Instruction
 from vmrun.kvm.software.features import xsave_layout
 from vmrun.kvm.software.paging import (
@@ -33,6 +38,7 @@ from vmrun.kvm.vm import Vm
 
 MSR_STAR = 0xC0000081
 MSR_LSTAR = 0xC0000082
+MSR_CSTAR = 0xC0000083
 MSR_SYSCALL_MASK = 0xC0000084
 
 BP_VECTOR, UD_VECTOR, NM_VECTOR, GP_VECTOR, PF_VECTOR = 3, 6, 7, 13, 14
@@ -50,7 +56,9 @@ RFLAGS_USER = 0x244DD5
 
 _FRAME = Struct("<6Q")  # what #PF pushes: error code, RIP, CS, RFLAGS, RSP, SS
 _DR7_FIRST = 0x401  # DR0 enabled, as an instruction breakpoint
+_DR7_BOTH = 0x405  # and DR1
 _MASK64 = (1 << 64) - 1
+_SYSCALL_SIZE = 2
 _LONGEST_INSTRUCTION = 15
 _SYSTEM_SEGMENTS_WITH_LIMIT = (2, 9, 11)  # LDT, and TSS free and busy
 
@@ -67,7 +75,7 @@ class InstructionFault(Exception):
 def prepare_vm(vm: Vm) -> None:
     """Ask KVM for the exits that `SoftwareCpu` lives on. Before the first vCPU."""
     vm.enable_cap(abi.KVM_CAP_EXIT_ON_EMULATION_FAILURE, 1)
-    vm.filter_msr_writes(MSR_LSTAR)
+    vm.filter_msr_writes(MSR_LSTAR, 2)  # and CSTAR
 
 
 class SoftwareCpu:
@@ -78,10 +86,12 @@ class SoftwareCpu:
         self._view = view
         _, self._layout = xsave_layout(cpuid)
         self._lstar = 0
+        self._cstar = 0
         self._star = 0
         self._syscall_mask = 0
         self._fault_handler = 0
         self._stepping = False
+        self._after_int3: int | None = None  # RIP, when the last exit was one
         self.counts: dict[str, int] = {}
         # Every exit brings the registers along in the shared page: two system calls less for each.
         vcpu.valid_regs.value = abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS
@@ -99,6 +109,7 @@ class SoftwareCpu:
 
     def finish(self, reason: int) -> bool:
         """Deal with exit `reason` when it is one of ours; False leaves it to the caller, untouched."""
+        self._after_int3 = None
         if reason == abi.KVM_EXIT_DEBUG:
             self._debug()
             return True
@@ -109,6 +120,43 @@ class SoftwareCpu:
         if reason == abi.KVM_EXIT_X86_WRMSR:
             return self._wrmsr()
         return False
+
+    def save(self) -> dict[str, Any]:
+        """What is neither in the registers nor in KVM, JSON-able. The vCPU was last left with
+        KVM_EXIT_INTR.
+        """
+        return {
+            "lstar": self._lstar,
+            "cstar": self._cstar,
+            "fault_handler": self._fault_handler,
+            "stepping": self._stepping,
+            "int3": self._int3_is_pending(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Put it into the helper of a vCPU that was loaded before: stepping begins at its registers. Raises
+        ValueError.
+        """
+        check_keys(state, ("lstar", "cstar", "fault_handler", "stepping", "int3"))
+        self._lstar = check_number(state["lstar"], "lstar", 64)
+        self._cstar = check_number(state["cstar"], "cstar", 64)
+        self._fault_handler = check_number(state["fault_handler"], "fault_handler", 64)
+        self._star = 0
+        if type(state["stepping"]) is not bool or type(state["int3"]) is not bool:
+            raise ValueError("the saved state of the software CPU is not of this kind")
+        if state["stepping"]:
+            self._step()
+        elif self._fault_handler:
+            self._arm()
+        if state["int3"]:
+            self._raise(BP_VECTOR)
+
+    def _int3_is_pending(self) -> bool:
+        """#BP was given to KVM, and the guest not entered since: KVM_GET_VCPU_EVENTS does not tell of it."""
+        vcpu = self._vcpu
+        return self._after_int3 == vcpu.get_regs().rip and vcpu.header.exit_reason == (
+            abi.KVM_EXIT_INTERNAL_ERROR
+        )
 
     def _changed(self, fields: int = abi.KVM_SYNC_X86_REGS) -> None:
         if fields & abi.KVM_SYNC_X86_SREGS:
@@ -129,14 +177,19 @@ class SoftwareCpu:
 
     def _wrmsr(self) -> bool:
         request = self._vcpu.msr
-        if request.index != MSR_LSTAR:
+        if request.index not in (MSR_LSTAR, MSR_CSTAR):
             return False
         try:
-            self._vcpu.set_msrs({MSR_LSTAR: request.data})
+            self._vcpu.set_msrs({request.index: request.data})
         except OSError:
             request.error = 1  # not a canonical address: KVM raises #GP
             return True
         request.error = 0
+        if request.index == MSR_CSTAR:
+            self._cstar = request.data
+            if self._fault_handler:
+                self._arm()
+            return True
         self._lstar = request.data
         self._star = 0  # read again: a kernel sets all of these together
         self._find_fault_handler()
@@ -160,7 +213,15 @@ class SoftwareCpu:
     def _arm(self) -> None:
         self._stepping = False
         control = abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_USE_HW_BP
-        self._vcpu.set_guest_debug(control, (self._fault_handler,), _DR7_FIRST)
+        if self._cstar >> 32:
+            places = (self._fault_handler, self._cstar & 0xFFFFFFFF)
+            self._vcpu.set_guest_debug(control, places, _DR7_BOTH)
+        else:
+            self._vcpu.set_guest_debug(control, (self._fault_handler,), _DR7_FIRST)
+
+    def _step(self) -> None:
+        self._stepping = True
+        self._vcpu.set_guest_debug(abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP)
 
     def _debug(self) -> None:
         if self._stepping:
@@ -169,6 +230,9 @@ class SoftwareCpu:
         sync = self._vcpu.sync
         regs = sync.regs
         linear = self._linear()
+        if self._cstar >> 32 and regs.rip == self._cstar & 0xFFFFFFFF:
+            self._refuse_system_call()
+            return
         if sync.sregs.cs.selector & 3:
             # A program jumped to the handler itself, and its stack may hold any frame it likes.
             self._raise_page_fault(regs.rip, self._fetch_fault(linear, regs.rip))
@@ -194,17 +258,30 @@ class SoftwareCpu:
         self._enter_kernel_segments()
         self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
 
+    def _refuse_system_call(self) -> None:
+        """#UD for a SYSCALL in 32-bit code, from which KVM entered the guest's kernel already, or for a
+        program that jumped to where it enters. Which segments the code had is not known; it gets those that
+        SYSRET would give it.
+        """
+        self._count("32-bit system call")
+        regs, sregs = self._vcpu.sync.regs, self._vcpu.sync.sregs
+        if not sregs.cs.selector & 3:
+            self._user_code_selector()  # reads STAR
+            selector = self._star >> 48 & 0xFFFC | 3
+            _set_flat_segment(sregs.cs, selector, 11, privilege=3)
+            _set_flat_segment(sregs.ss, selector + 8 & 0xFFFF, 3, privilege=3)
+            regs.rip = regs.rcx - _SYSCALL_SIZE & 0xFFFFFFFF
+            regs.rflags = regs.r11 & RFLAGS_USER | RFLAGS_IF | 2
+            self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
+        self._raise(UD_VECTOR)
+
     def _enter_kernel_segments(self) -> None:
         """CS and SS as SYSCALL loads them: fixed descriptors, only the selectors come from STAR."""
         selector = self._star >> 32 & 0xFFFC
-        code, stack = self._vcpu.sync.sregs.cs, self._vcpu.sync.sregs.ss
-        code.selector, stack.selector = selector, selector + 8 & 0xFFFF
-        code.type, stack.type = 11, 3
-        code.l, stack.l = 1, 0
-        code.db, stack.db = 0, 1
-        for segment in (code, stack):
-            segment.base, segment.limit, segment.g = 0, 0xFFFFFFFF, 1
-            segment.present, segment.dpl, segment.s, segment.unusable = 1, 0, 1, 0
+        sregs = self._vcpu.sync.sregs
+        _set_flat_segment(sregs.cs, selector, 11, privilege=0)
+        _set_flat_segment(sregs.ss, selector + 8 & 0xFFFF, 3, privilege=0)
+        sregs.cs.l, sregs.cs.db = 1, 0
 
     def _fetch_fault(self, linear: LinearMemory, address: int) -> int:
         """The error code of a user-mode fetch from a page of the kernel."""
@@ -250,8 +327,7 @@ class SoftwareCpu:
             regs.rip += 3
             regs.rflags &= ~RFLAGS_AC
         else:
-            self._stepping = True
-            self._vcpu.set_guest_debug(abi.KVM_GUESTDBG_ENABLE | abi.KVM_GUESTDBG_SINGLESTEP)
+            self._step()
             return
         self._changed()
 
@@ -317,7 +393,9 @@ class SoftwareCpu:
 
     def _int3(self, instruction: Instruction) -> bool:
         self._raise(BP_VECTOR)
-        return self._advance(instruction.length)
+        self._advance(instruction.length)
+        self._after_int3 = self._vcpu.sync.regs.rip
+        return True
 
     def _undefined(self, instruction: Instruction) -> bool:
         """UD0, UD1 and UD2, by which kernels mark a bug or a warning and look for more at that address."""
@@ -425,3 +503,11 @@ class SoftwareCpu:
             ctypes.memmove(ctypes.byref(image), bytes(wanted), len(wanted))
             vcpu.set_xsave(image)
         return self._advance(instruction.length)
+
+
+def _set_flat_segment(segment: abi.kvm_segment, selector: int, kind: int, *, privilege: int) -> None:
+    """A 32-bit segment of 4 GiB, of type `kind`."""
+    segment.selector, segment.type, segment.dpl = selector, kind, privilege
+    segment.base, segment.limit, segment.g = 0, 0xFFFFFFFF, 1
+    segment.present, segment.s, segment.unusable = 1, 1, 0
+    segment.l, segment.db = 0, 1

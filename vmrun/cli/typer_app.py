@@ -1,0 +1,155 @@
+"""The commands as a Typer application: help, errors, and every command line that `fast_path` leaves alone.
+User side of the VMM process.
+"""
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from vmrun.cli import app, print_version
+from vmrun.cli.declare import Argument, Command, Parameter, parameters
+from vmrun.errors import UserError
+
+# Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
+# the base class of what is wrong with a command line.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+class OneCommand(typer.core.TyperCommand):
+    """A command whose errors say where its help is, and whose options are given once if they hold one value:
+    click would take the last without a word.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            given: list[Any] = [*self.make_parser(ctx).parse_args(args=list(args))[2]]
+            for index, what in enumerate(given):
+                single = what.param_type_name == "option" and not what.multiple and not what.is_flag
+                if single and what in given[:index]:
+                    raise UserError(f"{what.opts[0]} may be given once (see {ctx.command_path} --help)")
+            return super().parse_args(ctx, args)
+        except ClickException as error:
+            if getattr(error, "ctx", None) is None:
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
+
+
+class GroupedCommands(typer.core.TyperGroup):
+    """The list of commands in --help, under the headings of GROUPS."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        width = max(len(name) for name in self.list_commands(ctx))
+        for heading, names in app.GROUPS.items():
+            rows = []
+            for name in names:
+                command = self.get_command(ctx, name)
+                if command is not None:
+                    text = command.get_short_help_str(formatter.width - 6 - width)
+                    rows.append((name.ljust(width), text))
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+def run(words: list[str]) -> int:
+    """Run the command line. Raises UserError for what is wrong with it, and whatever the command does."""
+    # Not `click.Command.main()`: that takes a broken pipe anywhere, a worker's channel say, for the end of
+    # our output.
+    everything = application()
+    try:
+        with everything.make_context("vmrun", words) as context:
+            result = everything.invoke(context)
+    except typer.Exit as exit:
+        return exit.exit_code
+    except ClickException as error:
+        raise UserError(_usage_message(error)) from None
+    return result if isinstance(result, int) else 0
+
+
+def application() -> Any:
+    """The whole command line, ready to parse. Plain help and errors: Rich would take longer to import than to
+    read.
+    """
+    top = typer.Typer(
+        name="vmrun",
+        cls=GroupedCommands,
+        help="Run microVMs on Linux/KVM: real disks and taps, a sandboxed process for each.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+        no_args_is_help=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    top.callback(invoke_without_command=True)(_vmrun)
+    for names in app.GROUPS.values():
+        for name, file in names.items():
+            found = app.load(name, file)
+            if not hasattr(found, "COMMANDS"):
+                top.command(name, cls=OneCommand)(_typed(found))
+                continue
+            group = typer.Typer(help=found.HELP, rich_markup_mode=None)
+            for inner, command in found.COMMANDS.items():
+                group.command(inner, cls=OneCommand)(_typed(command))
+            top.add_typer(group, name=name)
+    return typer.main.get_command(top)
+
+
+def _vmrun(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        raise typer.Exit(print_version())
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def _call(command: Command, values: dict[str, Any]) -> int:
+    return command(**values)
+
+
+def _typed(command: Command) -> Command:
+    """`command` as Typer wants it: the same parameters, declared in Typer's terms."""
+    declared = parameters(command)
+
+    def call(**values: Any) -> int:
+        for parameter in declared:
+            # Numbers come as text: what is wrong with one is said in our words.
+            if parameter.type is int and isinstance(values[parameter.name], str):
+                values[parameter.name] = parameter.value(values[parameter.name])
+        return _call(command, values)
+
+    typed = {parameter.name: _annotation(parameter) for parameter in declared}
+    call.__name__, call.__doc__, call.__annotations__ = command.__name__, command.__doc__, typed
+    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                parameter.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if parameter.required else parameter.default,
+                annotation=typed[parameter.name],
+            )
+            for parameter in declared
+        ]
+    )
+    return call
+
+
+def _annotation(parameter: Parameter) -> Any:
+    kind = parameter.annotation
+    if parameter.type is int:
+        kind = str if kind is int else str | None
+    what = parameter.declared
+    # Whether a file is there and may be read is for the command to find out, which says it better.
+    how: dict[str, Any] = {"metavar": what.metavar, "help": what.help, "readable": False}
+    if isinstance(what, Argument):
+        return Annotated[kind, typer.Argument(**how)]
+    return Annotated[kind, typer.Option(*parameter.names, **how)]
+
+
+def _usage_message(error: Exception) -> str:
+    """One line for what is wrong with the command line, and where to look."""
+    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "vmrun"
+    return f"{' '.join(text.split()).rstrip('.')} (see {path} --help)"

@@ -1,0 +1,232 @@
+/*
+ * The guest agent: runs commands in the guest for the host, over a virtio console port.
+ *
+ *   vmrun-agent --init [PROGRAM ARGUMENT...]   PID 1: prepares the system; then serves alone, or serves in a
+ *                                              child and becomes PROGRAM, the image's own init
+ *   vmrun-agent                                beside an init that runs already; as PID 1 the same as --init
+ *   vmrun-agent --fd N [--cgroup DIRECTORY]    serves the socket N and ends when it is closed: for tests
+ */
+#include "agent.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/statfs.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define SLOTS_MAX 1040
+#define CGROUPS "/sys/fs/cgroup"
+#define CGROUP2_MAGIC_NUMBER 0x63677270
+/* While there is no port or no host. SIGIO tells earlier when the host comes. */
+#define PORT_WAIT_MS 50
+#define HOST_WAIT_MS 250
+
+struct settings settings;
+static int signals = -1;
+/* The host has closed its end of the port, which poll reports without end. */
+static bool host_away;
+
+int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+void say(const char *format, ...)
+{
+	char text[512];
+	va_list values;
+	int count;
+
+	va_start(values, format);
+	count = vsnprintf(text, sizeof text, format, values);
+	va_end(values);
+	if (count > 0)
+		dprintf(2, "vmrun agent: %s\n", text);
+}
+
+bool read_file(const char *path, char *to, size_t size)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	size_t have = 0;
+	ssize_t count = -1;
+
+	if (fd < 0)
+		return false;
+	while (have < size - 1 && (count = read(fd, to + have, size - 1 - have)) > 0)
+		have += (size_t)count;
+	close(fd);
+	to[have] = 0;
+	return have > 0;
+}
+
+bool write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool good;
+
+	if (fd < 0)
+		return false;
+	good = write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+	close(fd);
+	return good;
+}
+
+static void reap(void)
+{
+	struct signalfd_siginfo about;
+	int status;
+	pid_t pid;
+
+	while (read(signals, &about, sizeof about) == (ssize_t)sizeof about)
+		if (about.ssi_signo == SIGIO)
+			host_away = false;
+	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+		command_reaped(pid, status);
+}
+
+static void watch_signals(void)
+{
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGIO);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+	signal(SIGPIPE, SIG_IGN);
+}
+
+static void watch_host(int fd, bool on)
+{
+	int flags = fcntl(fd, F_GETFL);
+
+	fcntl(fd, F_SETOWN, getpid());
+	fcntl(fd, F_SETFL, on ? flags | O_ASYNC : flags & ~O_ASYNC);
+}
+
+static int nearer(int one, int other)
+{
+	return one < 0 ? other : other < 0 || one < other ? one : other;
+}
+
+/* `port` is a test's socket, or -1: then it is looked for. */
+__attribute__((noreturn)) static void serve(int port)
+{
+	static struct pollfd slots[SLOTS_MAX];
+	bool fixed = port >= 0;
+
+	if (fixed)
+		link_open(port);
+	for (;;) {
+		int count = 1, timeout = commands_timeout();
+		bool port_slot = false;
+
+		if (!link_is_open() && (port = port_open()) >= 0) {
+			link_open(port);
+			host_away = false;
+		}
+		slots[0] = (struct pollfd){ .fd = signals, .events = POLLIN };
+		if (!link_is_open()) {
+			timeout = nearer(timeout, PORT_WAIT_MS);
+		} else if (host_away) {
+			timeout = nearer(timeout, HOST_WAIT_MS);
+		} else {
+			slots[1] = (struct pollfd){ .fd = port, .events = link_wants() };
+			port_slot = true;
+			count = 2;
+		}
+		count += commands_poll(slots + count, SLOTS_MAX - count);
+		if (poll(slots, (nfds_t)count, timeout) < 0 && errno != EINTR)
+			say("poll: %s", strerror(errno));
+		if (host_away && link_is_open()) {
+			watch_host(port, false);
+			host_away = false; /* looked at in the next round */
+		}
+		if (slots[0].revents)
+			reap();
+		commands_serve();
+		if (!link_is_open() || !port_slot)
+			continue;
+		if (link_serve(slots[1].revents) && link_flush())
+			continue;
+		if (fixed) {
+			session_ended();
+			exit(0);
+		}
+		/* The commands of this session wait for another host; its hello decides about them. */
+		if (errno == ENODEV) {
+			link_close();
+			continue;
+		}
+		link_open(port);
+		host_away = true;
+		watch_host(port, true);
+	}
+}
+
+static void protect(void)
+{
+	struct statfs about;
+
+	write_file("/proc/self/oom_score_adj", "-1000");
+	if (!statfs(CGROUPS, &about) && about.f_type == CGROUP2_MAGIC_NUMBER) {
+		settings.cgroup = CGROUPS;
+		cgroup_prepare();
+	}
+}
+
+int main(int argc, char **argv)
+{
+	char **init = NULL;
+	int fd = -1;
+
+	settings.init = getpid() == 1;
+	for (int at = 1; at < argc; at++) {
+		if (!strcmp(argv[at], "--fd") && at + 1 < argc) {
+			fd = atoi(argv[++at]);
+		} else if (!strcmp(argv[at], "--cgroup") && at + 1 < argc) {
+			settings.cgroup = argv[++at];
+		} else if (!strcmp(argv[at], "--init")) {
+			settings.init = true;
+			init = boot_init(argc - at - 1, argv + at + 1);
+			break;
+		} else if (!settings.init) {
+			say("what is %s?", argv[at]);
+			return 64;
+		}
+	}
+	if (fd >= 0) {
+		fcntl(fd, F_SETFD, FD_CLOEXEC);
+		fcntl(fd, F_SETFL, O_NONBLOCK);
+	} else {
+		settings.guest = true;
+	}
+	if (settings.init) {
+		boot_prepare();
+		if (!init)
+			init = boot_init(0, NULL);
+		if (init && fork() != 0) {
+			execv(init[0], init);
+			say("cannot run %s: %s", init[0], strerror(errno));
+			return 127;
+		}
+		if (init)
+			setsid();
+	}
+	watch_signals();
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	if (settings.guest)
+		protect();
+	serve(fd);
+}

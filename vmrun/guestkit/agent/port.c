@@ -1,0 +1,39 @@
+/*
+ * The way to the host: the virtio console port with the name "vmrun.agent.0".
+ */
+#include "agent.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#define PORTS "/sys/class/virtio-ports"
+#define PORT_NAME "vmrun.agent.0"
+
+/* The open port, or -1 while there is none, or while somebody else has it. */
+int port_open(void)
+{
+	DIR *directory = opendir(PORTS);
+	struct dirent *entry;
+	int fd = -1;
+
+	while (directory && fd < 0 && (entry = readdir(directory))) {
+		char path[512], name[64];
+
+		if (entry->d_name[0] == '.')
+			continue;
+		snprintf(path, sizeof path, PORTS "/%s/name", entry->d_name);
+		if (!read_file(path, name, sizeof name))
+			continue;
+		name[strcspn(name, "\n")] = 0;
+		if (strcmp(name, PORT_NAME))
+			continue;
+		snprintf(path, sizeof path, "/dev/%s", entry->d_name);
+		fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+	}
+	if (directory)
+		closedir(directory);
+	return fd;
+}
