@@ -144,8 +144,15 @@ class VirtioConsole(InProcessDevice):
             if port.added and port.number not in self._removed:
                 self._removed.append(port.number)
             port.removed()
+            queue = self._queues.get(port.transmit_queue)
+            if queue is not None and not self._paused:
+                # At once: the next port of this number shall not begin with it.
+                try:
+                    self._discard(queue)
+                except GuestError:
+                    pass  # `serve` meets it again
             self.wake(CONTROL_RECEIVE)
-            self.wake(port.transmit_queue)
+            self.wake(port.transmit_queue)  # for its interrupt
 
     def port(self, name: str) -> Port:
         """KeyError when there is none of that name."""

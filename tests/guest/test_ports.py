@@ -1,8 +1,9 @@
 """Linux's own driver of the virtio console: ports by name, both streams at once, clients that come and go, a
-port that floods, a terminal that is resized.
+port that comes, floods and goes, a terminal that is resized, a restored device.
 """
 
 import hashlib
+import json
 import os
 import socket
 import threading
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from devices.virtio.console import VirtioConsole
+from devices.virtio.device import ActiveDriver, QueueConfig
+from devices.virtio.transport import VirtioPciFunction
 from tests.guest.conftest import Build, MakeInitramfs
 from vmrun.guestkit import kit
 from vmrun.host.console import Console
@@ -34,25 +37,29 @@ class Guest:
         self.seen = bytearray()
         self.machine = Machine(MachineConfig(initrd=initrd), stack.enter_context(Console(null, null)), stack)
         self.machine.uart.output = self.seen.extend
-        device = VirtioConsole(self.machine.ram.memory, self.machine.board, size=(90, 90))
-        self.device = device
         self.path = directory / "echo"
-        loop = self.machine.loop
-        echo = PortListener(loop, device.add_port("test.echo"), self.path)
-        stack.callback(echo.close)
         self.terminal, self.flood = (self._pair(stack) for _ in range(2))
-        for name, end in (("test.hvc", self.terminal[0]), ("test.flood", self.flood[0])):
-            link = PortLink(loop, device.add_port(name, console=name == "test.hvc"))
-            stack.callback(link.close)
-            link.connect(end)
-        self.machine._plug_virtio_device(device, "console")
+        self._stack = stack
+        self._build()
+        self._add("test.hvc", self.terminal[0], console=True)
+        self.machine._plug_virtio_device(self.device, "console")
         self.failure: BaseException | None = None
+
+    def _build(self) -> None:
+        self.device = VirtioConsole(self.machine.ram.memory, self.machine.board, size=(90, 90))
+        self.listener = PortListener(self.machine.loop, self.device.add_port("test.echo"), self.path)
+        self._stack.callback(self.listener.close)
 
     def _pair(self, stack: ExitStack) -> tuple[socket.socket, socket.socket]:
         ours, theirs = socket.socketpair()
         theirs.settimeout(TIMEOUT)
         stack.enter_context(theirs)
         return ours, theirs
+
+    def _add(self, name: str, end: socket.socket, *, console: bool = False) -> None:
+        link = PortLink(self.machine.loop, self.device.add_port(name, console=console))
+        self._stack.callback(link.close)
+        link.connect(end)
 
     def echo(self, amount: int) -> tuple[str, str]:
         """Send `amount` random bytes while they come back. The hashes of both."""
@@ -80,6 +87,34 @@ class Guest:
             sender.join()
         return sent.hexdigest(), received.hexdigest()
 
+    def restore(self) -> None:
+        """Put another device, which has the state of ours, in its place, as after a snapshot."""
+        done = threading.Event()
+
+        def swap(error: str | None) -> None:
+            assert error is None
+            before = self.device
+            before.pause()
+            state = json.loads(json.dumps(before.save()))
+            functions = [f for f in self.machine.pci.functions.values() if isinstance(f, VirtioPciFunction)]
+            function = next(f for f in functions if f.device is before)
+            queues = tuple(
+                QueueConfig(queue.index, queue.size, queue.descriptors, queue.available, queue.used)
+                for queue in function.queues
+                if queue.enabled
+            )
+            self.listener.close()
+            self._build()
+            self.device.load(state, ActiveDriver(function.driver_features, queues, function))
+            function.device = self.device
+            before.close()
+            self.device.unpause()
+            self.machine.pause.resume()
+            done.set()
+
+        self.machine.loop.call_soon(lambda: self.machine.pause.pause(swap))
+        assert done.wait(60)
+
     def line(self) -> bytes:
         """A line from the terminal."""
         text = b""
@@ -90,18 +125,31 @@ class Guest:
     def script(self) -> None:
         try:
             # The first client is there before the guest is.
-            sent, received = self.echo(self.amount)
-            assert sent == received
             sent, received = self.echo(100_000)
+            assert sent == received
+            # A port that was not there at the start, and whose output nobody reads.
+            self.machine.loop.call_soon(lambda: self._add("test.flood", self.flood[0]))
+            sent, received = self.echo(self.amount)
             assert sent == received
             assert self.line() in (b"size 0 0", b"size 90 90")  # which comes with the driver's last steps
             self.device.resize(50, 50)
             while (line := self.line()) != b"size 50 50":
                 assert line == b"size 90 90"
-            # All that while nobody read the flood; it is there, and goes on when somebody does.
+            # The flood is there, and goes on when somebody reads.
             left = 2 * MIB
             while left > 0:
                 left -= len(self.flood[1].recv(1 << 18))
+            self.device.remove_port("test.flood")
+            while self.flood[1].recv(1 << 18):
+                pass
+            sent, received = self.echo(100_000)
+            assert sent == received
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(self.path))
+                self.restore()
+                assert client.recv(1) == b""
+            sent, received = self.echo(100_000)
+            assert sent == received
         except BaseException as failure:
             self.failure = failure
         self.machine.end(0, "all was said")

@@ -16,7 +16,8 @@ __all__ = ["machines"]
 
 pytestmark = pytest.mark.skipif(not SOFTWARE, reason="this KVM has VMX or SVM")
 
-HIGH = 0xFFFFFFFF80000000  # where kernels live; nothing is mapped at its lower half
+LOW_DIRECTORY = 0x1A000
+# The kernel's entry is at the top of the address space; nothing is mapped at its lower half.
 KERNEL = f"""
     mov ecx, 0xC0000081; mov edx, 0x00200010; xor eax, eax; wrmsr
     mov ecx, 0xC0000084; xor edx, edx; mov eax, 0x47700; wrmsr
@@ -44,7 +45,7 @@ fault:
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_the_program_gets_an_exception(
-    machines: Callable[..., Machine],  # noqa: F811
+    machines: Callable[..., Machine],
     assemble: Callable[..., Any],
     moved: bool,
 ) -> None:
@@ -68,3 +69,23 @@ def test_the_program_gets_an_exception(
     assert machine.go() == abi.KVM_EXIT_MMIO
     assert machine.vcpu.get_regs().rdx == 5
     assert machine.vcpu.get_sregs().cs.selector == 0x23
+
+
+def test_a_program_with_code_at_that_address(
+    machines: Callable[..., Machine], assemble: Callable[..., Any]
+) -> None:
+    """It runs, in 64-bit code, where SYSCALL of 32-bit code would enter."""
+    kernel = assemble(KERNEL.replace("push 0x23", "push 0x33"))
+    low = kernel.labels["entry"] | 0x80000000
+    user = assemble(f"mov ebx, {low}; mov edx, 7; mov edi, {DONE}; jmp rbx", address=USER)
+    machine = machines()
+    machine.load_with_user(kernel, {6: "undefined", 14: "fault"})
+    struct.pack_into("<Q", machine.ram, PML4 + 8 * 511, PDPT | 3)
+    struct.pack_into("<Q", machine.ram, PDPT + 8 * 510, DIRECTORIES | 3)
+    struct.pack_into("<Q", machine.ram, PDPT + 8 * 2, LOW_DIRECTORY | 7)
+    struct.pack_into("<Q", machine.ram, LOW_DIRECTORY, USER | 0x87)
+    machine.ram[USER : USER + len(user.code)] = user.code
+    there = USER + low % 0x200000
+    machine.ram[there : there + 2] = b"\x89\x17"  # mov [rdi], edx: KVM emulates it, and meets the breakpoint
+    assert machine.go() == abi.KVM_EXIT_MMIO
+    assert machine.vcpu.mmio.data[0] == 7

@@ -296,6 +296,7 @@ def test_down_waits_for_an_up(vmrun: Vmrun, begin: Begin, write: Callable[[str],
     assert runtime.running() == {}
 
 
+@pytest.mark.slow
 def test_a_machine_that_does_not_answer(vmrun: Vmrun, write: Callable[[str], None]) -> None:
     write(machines("a", "b"))
     vmrun("up", "vm.toml", "a")

@@ -1,5 +1,6 @@
 """For the console tests: a machine with a virtio console on a real event loop, and its driver."""
 
+import json
 import os
 import select
 import socket
@@ -173,7 +174,7 @@ class Machine:
         self.device.pause()
         kept = {name: link._connection for name, link in self.links.items()}
         moved = {name: sock.dup() for name in clients if (sock := kept[name]) is not None}
-        state = self.device.save()
+        state = json.loads(json.dumps(self.device.save()))
         running = self.device._events is not None
         before = self.device, self.events, self.loop
         for link in self.links.values():

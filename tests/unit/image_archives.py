@@ -9,6 +9,8 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 File = tuple[str, str, bytes | str | tuple[int, int]]
 """A kind ("file", "dir", "symlink", "link", "block", "char", "fifo"), a name, and what it is of."""
 
@@ -130,3 +132,17 @@ def facts(disk: Path, path: str) -> str:
 def check(disk: Path) -> None:
     run = subprocess.run(["e2fsck", "-fn", disk], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+
+
+HOSTILE_NAMES = st.lists(
+    st.sampled_from(["..", ".", "", "a", "b", ".wh.a", ".wh..wh..opq", ".wh.", "\n", '"', "é", "x" * 255]),
+    min_size=1,
+    max_size=5,
+).map("/".join)
+HOSTILE = st.one_of(
+    st.tuples(st.just("file"), HOSTILE_NAMES, st.just(b"data")),
+    st.tuples(st.sampled_from(["symlink", "link"]), HOSTILE_NAMES, HOSTILE_NAMES),
+    st.tuples(st.sampled_from(["dir", "fifo"]), HOSTILE_NAMES, st.just(b"")),
+    st.tuples(st.sampled_from(["block", "char"]), HOSTILE_NAMES, st.just((8, 0))),
+)
+"""A file of a hostile archive: names that lead out, up, and over each other."""

@@ -1,4 +1,4 @@
-"""How machines are started together, up to the point where there is a machine. Nothing runs here but forks."""
+"""How machines are started together, up to where there is a machine: nothing runs here but forks."""
 
 import fcntl
 import os
@@ -60,6 +60,7 @@ def test_a_machine_holds_the_files_lock_until_it_has_its_name(
     """Whatever becomes of `up` meanwhile, the next command sees the machine."""
 
     def run(config: Any, *, name: str, timeout: None, starter: session.Starter) -> Any:
+        os.close(pipe[1])  # the test's end is the last: it goes with the test, and we do
         os.read(pipe[0], 1)
         directory = runtime.claim(name)
         starter.claimed(directory)
@@ -117,6 +118,7 @@ def test_one_machine_does_not_hold_anothers_pipe(pipe: tuple[int, int]) -> None:
     go, wait = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
 
     def first(starter: detach.Detached) -> tuple[int, str]:
+        os.close(go[1])
         os.read(go[0], 1)
         os.write(pipe[1], b"heard" if starter.running("first") else b"alone")
         return 0, ""

@@ -1,6 +1,7 @@
 """The disk: what was in the tree is on it, as e2fsprogs says, and the same tree gives the same disk."""
 
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.unit.image_archives import check, content, debugfs, facts, names
+from tests.unit.image_archives import HOSTILE, File, check, content, debugfs, facts, names, tar
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.guestkit.progress import Silent
 from vmrun.image import ext4
+from vmrun.image.layers import Layers
 from vmrun.image.limits import Limits
 from vmrun.image.spool import Spool
 from vmrun.image.tree import Entry, Inode, Tree, directory
@@ -217,3 +221,24 @@ def test_missing_programs_are_named(tmp_path: Path, spool: Spool, monkeypatch: p
     monkeypatch.setattr(ext4.host, "_PATH", str(tmp_path))
     with pytest.raises(UserError, match="e2fsprogs"):
         write(Tree(Limits()), spool, tmp_path / "disk")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(layers=st.lists(st.lists(HOSTILE, min_size=5, max_size=30), min_size=1, max_size=3))
+def test_hostile_archives_make_sound_file_systems(
+    layers: list[list[File]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    here = tmp_path_factory.mktemp("hostile")
+    with Spool(here, Limits()) as spool:
+        merging = Layers(spool, Limits())
+        for files in layers:
+            for file in files:
+                # Each an archive of its own, so that a refusal does not end it all.
+                try:
+                    merging.add(io.BytesIO(tar(file)), "test")
+                except UserError:
+                    pass
+        disk = write(merging.tree, spool, here / "disk", 24 << 20)
+    check(disk)
+    assert [path.name for path in here.iterdir()] == ["disk"]
+    disk.unlink()

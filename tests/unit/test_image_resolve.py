@@ -254,12 +254,14 @@ def test_directory(tmp_path: Path) -> None:
     os.link(root / "d/f", root / "hard")
     (root / "link").symlink_to("/etc/passwd")
     os.mkfifo(root / "pipe")
+    (root / "out").symlink_to(tmp_path)
+    (root / "d" / "é\n").mkdir()
     with (root / "sparse").open("wb") as file:
         file.seek(10 << 20)
         file.write(b"end")
     image = resolve(root)
     check(image.disk)
-    assert names(image.disk) == {"d", "hard", "link", "pipe", "sparse"}
+    assert names(image.disk) == {"d", "hard", "link", "out", "pipe", "sparse"}
     assert content(image.disk, "/d/f") == content(image.disk, "/hard") == b"text"
     assert "Mode: 04711" in facts(image.disk, "/d/f")
     assert "User: 0 Group: 0" in facts(image.disk, "/d/f")
@@ -267,6 +269,8 @@ def test_directory(tmp_path: Path) -> None:
     assert 'dest: "/etc/passwd"' in facts(image.disk, "/link")
     assert content(image.disk, "/sparse") == (root / "sparse").read_bytes()
     assert resolve(root) == image
+    (tmp_path / "same").symlink_to(root)
+    assert resolve(tmp_path / "same") == image
     (root / "d/f").chmod(0o700)
     assert resolve(root).digest != image.digest
 
@@ -431,7 +435,11 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     assert cache.images() == []
     assert resolve(path) == image
     (kit_cache.directory() / "image-sources.json").write_text("[")
+    left_behind = kit_cache.directory() / "image-sources.json.abc"
+    left_behind.touch()
+    os.utime(left_behind, (1, 1))
     assert resolve(path) == image
+    assert not left_behind.exists()
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -504,3 +512,29 @@ def test_times_of_use_are_kept(tmp_path: Path) -> None:
     resolve(path)
     (cached,) = cache.images()
     assert cached.last_used > before
+
+
+def test_directory_that_changes_meanwhile(tmp_path: Path, cache_directory: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "f").write_text("text")
+
+    class Writing(Silent):
+        def step(self, title: str, total: int | None = None) -> None:
+            (root / "new").write_text("text")
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        resolve(root, Writing())
+    assert finished(cache_directory) == set()
+
+
+def test_directory_keeps_attributes(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "f").write_text("text")
+    try:
+        os.setxattr(root / "f", "user.mark", b"value")
+    except OSError as error:
+        pytest.skip(f"no extended attributes here: {error}")
+    image = resolve(root)
+    assert 'user.mark (5) = "value"' in facts(image.disk, "/f")

@@ -190,6 +190,7 @@ def test_a_page_that_was_there_before_stays(restore: Start) -> None:
 
 def test_a_page_that_came_by_another_way_while_somebody_waited_for_it(restore: Start) -> None:
     made = restore()
+    made.ram.memory.read(0, 8)  # it has started, and will wake nobody for that
     os.kill(made.pager(), signal.SIGSTOP)
     reader = Reader(made, 5 * MIB)
     made.await_fault()
@@ -535,52 +536,101 @@ def table_of(ram: Ram) -> tuple[bytes, list[int]]:
     return table, [region.fd for region in regions]
 
 
-def test_a_disks_worker_shares_memory_that_is_not_there_yet(restore: Start, tmp_path: Path) -> None:
-    made = restore(size=SIZE)
-    image = os.open(tmp_path / "disk", os.O_RDWR | os.O_CREAT, 0o600)
-    os.ftruncate(image, MIB)
-    guest = Guest(made.ram.memory)
-    events = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2)]
-    fds = {"image": image, "userfault": made.lazy.userfault_fd}
-    with launch("blk", "blk0", {"format": "raw"}, fds) as worker:
-        connection = Connection(worker.channel, SECONDS)
-        offered = connection.ask_u64(Request.GET_PROTOCOL_FEATURES)
-        assert offered & ProtocolFeature.PAGEFAULT
-        connection.set(
-            Request.SET_PROTOCOL_FEATURES, U64.pack(ProtocolFeature.PAGEFAULT | ProtocolFeature.REPLY_ACK)
-        )
+class Disk:
+    """A disk's worker that shares memory which is not there yet, and a driver. A context manager."""
+
+    def __init__(self, made: Restore, path: Path) -> None:
+        self.made = made
+        self.image = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.pwrite(self.image, b"old" * (MIB // 3 + 1), 0)
+        os.ftruncate(self.image, MIB)
+        self.guest = Guest(made.ram.memory)
+        self.kick, self.call = (os.eventfd(0, os.EFD_NONBLOCK) for _ in range(2))
+        fds = {"image": self.image, "userfault": made.lazy.userfault_fd}
+        self.worker = launch("blk", "blk0", {"format": "raw"}, fds)
+        connection = self.connection = Connection(self.worker.channel, SECONDS)
+        assert connection.ask_u64(Request.GET_PROTOCOL_FEATURES) & ProtocolFeature.PAGEFAULT
+        wanted = ProtocolFeature.PAGEFAULT | ProtocolFeature.REPLY_ACK
+        connection.set(Request.SET_PROTOCOL_FEATURES, U64.pack(wanted))
         connection.reply_ack = True
         connection.set(Request.SET_OWNER)
         features = VIRTIO_F_VERSION_1 | VIRTIO_F_INDIRECT_DESC | VHOST_USER_F_PROTOCOL_FEATURES
         connection.set(Request.SET_FEATURES, U64.pack(features))
-        for number in range(3):  # a driver that resets its device and comes back
-            guest.restart()
-            share_memory(connection, "blk0", *table_of(made.ram), made.lazy)
-            config = guest.config
-            connection.set(Request.SET_VRING_NUM, VRING_STATE.pack(0, QUEUE_SIZE))
-            connection.set(Request.SET_VRING_BASE, VRING_STATE.pack(0, 0))
-            at = [(1 << 46) + gpa for gpa in (config.descriptors, config.used, config.available)]
-            connection.set(Request.SET_VRING_ADDR, VRING_ADDR.pack(0, 0, *at, 0))
-            connection.set(Request.SET_VRING_CALL, U64.pack(0), (events[0],))
-            connection.set(Request.SET_VRING_KICK, U64.pack(0), (events[1],))
-            connection.set(Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1))
-            # A write whose data the worker's pwritev has to fetch from the snapshot.
+
+    def start(self) -> None:
+        """As a driver that comes, or that comes back after a reset."""
+        connection, config = self.connection, self.guest.config
+        self.guest.restart()
+        share_memory(connection, "blk0", *table_of(self.made.ram), self.made.lazy)
+        connection.set(Request.SET_VRING_NUM, VRING_STATE.pack(0, QUEUE_SIZE))
+        connection.set(Request.SET_VRING_BASE, VRING_STATE.pack(0, 0))
+        at = [(1 << 46) + gpa for gpa in (config.descriptors, config.used, config.available)]
+        connection.set(Request.SET_VRING_ADDR, VRING_ADDR.pack(0, 0, *at, 0))
+        connection.set(Request.SET_VRING_CALL, U64.pack(0), (self.call,))
+        connection.set(Request.SET_VRING_KICK, U64.pack(0), (self.kick,))
+        connection.set(Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1))
+
+    def stop(self) -> None:
+        self.connection.ask(Request.GET_VRING_BASE, VRING_STATE.pack(0, 0))
+
+    def write(self, sector: int, source: int) -> None:
+        """Begin to write 512 bytes that are in guest memory at `source`."""
+        _offer(self.guest, struct.pack("<IIQ", 1, 0, sector), source)
+        os.eventfd_write(self.kick, 1)
+
+    def answered(self, milliseconds: float = SECONDS * 1000) -> bool:
+        poll = select.poll()
+        poll.register(self.call, select.POLLIN)
+        if not poll.poll(milliseconds):
+            return False
+        os.eventfd_read(self.call)
+        return True
+
+    def read(self, sector: int) -> bytes:
+        return os.pread(self.image, 512, sector * 512)
+
+    def __enter__(self) -> "Disk":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self.worker.stop()
+        for fd in (self.image, self.kick, self.call):
+            os.close(fd)
+
+
+def test_a_disks_worker_shares_memory_that_is_not_there_yet(restore: Start, tmp_path: Path) -> None:
+    made = restore()
+    with Disk(made, tmp_path / "disk") as disk:
+        for number in range(3):
+            disk.start()
+            # The worker's pwritev fetches the data from the snapshot.
             source = (5 + number) * MIB + CHUNK_SIZE * 3
-            _offer(guest, struct.pack("<IIQ", 1, 0, 8 + number), source)
-            os.eventfd_write(events[1], 1)
-            poll = select.poll()
-            poll.register(events[0], select.POLLIN)
-            assert poll.poll(SECONDS * 1000), worker.describe_exit()
-            os.eventfd_read(events[0])
-            assert os.pread(image, 512, (8 + number) * 512) == PATTERN[source : source + 512]
-            connection.ask(Request.GET_VRING_BASE, VRING_STATE.pack(0, 0))
+            disk.write(8 + number, source)
+            assert disk.answered(), disk.worker.describe_exit()
+            assert disk.read(8 + number) == PATTERN[source : source + 512]
+            disk.stop()
         made.lazy.complete()
-        connection.close()
-    assert worker.describe_exit() == "worker blk0 exited with status 0"
-    for fd in (image, *events):
-        os.close(fd)
-    made.lazy.close()
+    assert disk.worker.describe_exit() == "worker blk0 exited with status 0"
     assert made.told == []
+
+
+def test_no_zeros_reach_the_disk_when_the_machine_ends(restore: Start, tmp_path: Path) -> None:
+    """The VMM lets go of everything while a worker waits for data to write: it waits until it is killed."""
+    made = restore()
+    made.ram.memory.read(0, MIB)  # what the driver itself touches
+    with Disk(made, tmp_path / "disk") as disk:
+        disk.start()
+        os.kill(made.pager(), signal.SIGSTOP)
+        disk.write(8, 5 * MIB)
+        poll = select.poll()
+        poll.register(made.lazy._clients["blk0"][1], select.POLLIN)
+        assert poll.poll(SECONDS * 1000)
+        made.lazy.close()
+        assert not disk.answered(300)
+        signal.pidfd_send_signal(disk.worker.pidfd, signal.SIGKILL)
+        assert disk.worker.wait(SECONDS)  # the wait is one that can be killed
+        assert disk.read(8) == (b"old" * 1500)[8 * 512 % 3 :][:512]
 
 
 def _offer(guest: Guest, header: bytes, source: int) -> None:

@@ -174,9 +174,8 @@ class Machine:
     def start_legacy(self, slot: int, where: int) -> None:
         base = self.bar(slot, 0)
         self.guest.config_write(slot, 4, 2, 7)
-        for offset, size, value in (
-            (18, 1, 0), (18, 1, 3), (4, 4, OFFERED), (14, 2, where % 2), (8, 4, 5), (18, 1, 7), (16, 2, where % 2),
-        ):  # fmt: skip
+        registers = [(18, 1, 0), (18, 1, 3), (4, 4, OFFERED), (14, 2, where % 2), (8, 4, 5), (18, 1, 7)]
+        for offset, size, value in (*registers, (16, 2, where % 2)):
             self.board.guest_out(base + offset, size, value)
 
     def view(self) -> Any:
@@ -221,22 +220,11 @@ def machines(fake_guest: Any, count: int) -> Iterator[list[Machine]]:
             machine.close()
 
 
+ONCE = ("command", "config", "table", "config_changed", "needs_reset")
+OFTEN = ("start", "start_legacy", "common", "legacy", "msix", "used")
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(
-            [
-                "start",
-                "start",
-                "start",
-                "start_legacy",
-                "start_legacy",
-                "command",
-                "config",
-                "common",
-                "common",
-            ]
-            + ["legacy", "legacy", "table", "msix", "msix", "used", "used", "config_changed", "needs_reset"]
-        ),
+        st.sampled_from([*ONCE, *OFTEN, *OFTEN, "start"]),
         st.integers(0, 0x200),
         st.sampled_from([1, 2, 4]),
         st.one_of(

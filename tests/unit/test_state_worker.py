@@ -1,5 +1,5 @@
-"""Real workers that are paused under load, go on, and hand their rings to another process: no request is lost,
-and none is carried out twice (devices/vhost/frontend.py, devices/virtio/queue.py).
+"""Real workers that are paused under load, go on, and hand their rings to another process: no request is
+lost, and none is carried out twice (devices/vhost/frontend.py, devices/virtio/queue.py).
 """
 
 import os

@@ -301,6 +301,31 @@ def test_ports_come_and_go(one: Machine) -> None:
         one.device.port("one")
 
 
+def test_a_new_port_does_not_begin_with_what_was_left_in_an_old_one(one: Machine) -> None:
+    with one.connect(buffer=4096):
+        one.write(1, bytes(100_000))
+        one.write(1, b"old")
+        one.device.remove_port("one")
+        one.add("new")
+        one.settle()
+    assert one.written(1) == 2
+    one.say(1, PORT_READY, 1)
+    one.say(1, OPEN, 1)
+    with one.connect("new") as client:
+        one.write(1, b"new")
+        assert take(client) == b"new"
+
+
+def test_a_broken_ring_of_a_port_that_is_removed(one: Machine) -> None:
+    one.queues[5].offer([], [8])
+    one.device._queues[5].size = 1
+    one.memory.write(one.queues[5].base + 0x2002, b"\xff\x7f")
+    one.device.remove_port("one")
+    assert one.events.reasons == []
+    one.settle()
+    assert "jumped ahead" in one.events.reasons[0]
+
+
 def test_ports_that_cannot_be(make: Make) -> None:
     machine = make("one", "two", console=True)
     for name in ("", "a/b", "a\nb", "x" * 65, "one"):

@@ -12,7 +12,7 @@ from vmrun.errors import EXIT_IMAGE, UserError
 if TYPE_CHECKING:
     from vmrun.image import Image
 
-HELP = "Images: convert directories and archives to disks ahead of a run; list and remove them."
+HELP = "Images for --image: convert ahead of a run, list, remove."
 
 Spec = Annotated[
     str, Argument(metavar="IMAGE", help="A directory, disk, OCI layout, docker save tar or root tar; kit.")

@@ -2,14 +2,16 @@
 a process of its own that talks to each machine's control socket.
 """
 
+import os
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 from vmrun.cli.declare import Argument, Option
 from vmrun.errors import EXIT_TIMEOUT, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vmrun.control.client import Ending
     from vmrun.control.facts import Facts
@@ -19,6 +21,7 @@ Names = Annotated[list[str] | None, Argument(metavar="NAME", help="The machines.
 All = Annotated[bool, Option("--all", "-a", help="Every machine of yours that runs.")]
 
 HEADINGS = ("NAME", "PID", "STATE", "VCPUS", "MEMORY", "IN USE", "CPU", "DISKS", "NICS", "UPTIME")
+EXIT_SECONDS = 5.0  # how long the process of a machine that has ended may take to exit
 LEFT_ALIGNED = 1, 3  # columns of text, counted from 1
 
 
@@ -104,6 +107,8 @@ def stop(
 
     A guest has 3 seconds to react and 120 to finish; then its machine is stopped.
     """
+    import select
+
     from vmrun.control.client import MachineClient, MachineGone
 
     def one(name: str) -> None:
@@ -112,8 +117,11 @@ def stop(
                 client.stop(force=force)
                 return
             try:
-                client.stop_and_wait(force=force)
-            except MachineGone:
+                with _process(client.status().pid) as process:
+                    client.stop_and_wait(force=force)
+                    # It has said so: now the kernel takes its VM apart, which is milliseconds.
+                    select.select([process], [], [], EXIT_SECONDS)
+            except (MachineGone, ProcessLookupError):
                 pass  # it has ended, if not as one would have it
 
     # All are asked before the first is waited for.
@@ -125,6 +133,16 @@ def stop(
     with ThreadPoolExecutor(len(chosen) or 1) as pool:
         results = [pool.submit(_each, [name], one, everything) for name in chosen]
     return max((result.result() for result in results), default=0)
+
+
+@contextmanager
+def _process(pid: int) -> "Iterator[int]":
+    """A descriptor that becomes readable when process `pid` has ended. ProcessLookupError if it has."""
+    descriptor = os.pidfd_open(pid)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def reset(name: Name) -> int:

@@ -1,5 +1,5 @@
-"""`vmrun snapshot`, `restore` and `clone`: a machine written to a directory, and machines made of it. User side
-of the VMM process.
+"""`vmrun snapshot`, `restore` and `clone`: a machine written to a directory, and machines made of it. User
+side of the VMM process.
 """
 
 import sys

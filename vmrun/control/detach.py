@@ -1,26 +1,31 @@
-"""Starting a machine that goes on without whoever started it: `vmrun boot --detach`. The command's process
-until the fork, the VMM's after it.
+"""Starting a machine in a process of its own: one that goes on without whoever started it (`vmrun boot
+--detach`), or one that ends with it (`vmrun run`). The command's process until the fork, the VMM's after it.
 
 The process forks before it has threads or workers: threads do not survive a fork, and workers die with the
-thread that started them. A pipe tells the command what became of the machine, in one JSON line; its end
-without a line means that the VMM died.
+thread that started them. A pipe tells the command what became of the machine, in a JSON line; its end without
+a line means that the VMM died. Of an owned machine there is a second line, about its end; and a second pipe,
+in the other direction, whose end tells the VMM that its owner is gone, whatever became of that.
 """
 
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import IO, Any
 
 from vmrun.control import runtime
 from vmrun.errors import EXIT_VMM, UserError
 
 
 class Detached:
-    """The VMM's end of the pipe. `vmrun.control.session.Starter`."""
+    """The VMM's end of the pipe. `vmrun.control.session.Starter`. `owner_fd` reads as ended when the owner is
+    gone; -1: it has none.
+    """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, owner_fd: int = -1) -> None:
+        self.owner_fd = owner_fd
         self._fd = fd
+        self._told = False
 
     def claimed(self, directory: runtime.RuntimeDirectory) -> None:
         """From now on there is a place for what the VMM has to say."""
@@ -36,7 +41,7 @@ class Detached:
         return self.tell({"name": name})
 
     def tell(self, message: dict[str, Any]) -> bool:
-        """The first message is the only one."""
+        """The first message is the only one, but for an owner, who is told of the end too."""
         if self._fd < 0:
             return True
         try:
@@ -44,8 +49,10 @@ class Detached:
         except BrokenPipeError:
             return False
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            if self.owner_fd < 0 or self._told:
+                os.close(self._fd)
+                self._fd = -1
+            self._told = True
         return True
 
 
@@ -107,20 +114,93 @@ def start(vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Except
         starting.close()
 
 
+class Owned:
+    """A machine that ends with this object, at the latest with this process. A context manager.
+
+    `pidfd` is readable when the VMM has ended.
+    """
+
+    def __init__(self, pid: int, pidfd: int, owner_fd: int, pipe: IO[bytes]) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self.name = ""
+        self._owner_fd = owner_fd
+        self._pipe = pipe
+        self._ending: tuple[int, str] | None = None
+
+    def wait_until_running(self) -> str:
+        """Returns the machine's name. UserError when it ended before it ran."""
+        message = self._message()
+        if "name" not in message:
+            raise UserError(message["reason"], message["code"])
+        self.name = message["name"]
+        return self.name
+
+    def wait(self) -> tuple[int, str]:
+        """How the machine ended: its exit code, and why."""
+        if self._ending is None:
+            message = self._message()
+            while "reason" not in message:
+                message = self._message()
+            self._ending = message["code"], message["reason"]
+        return self._ending
+
+    def _message(self) -> dict[str, Any]:
+        line = self._pipe.readline()
+        if not line:
+            return {"code": EXIT_VMM, "reason": "the machine's process died"}
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+    def close(self) -> None:
+        """Have the machine ended, if it runs, and wait for that."""
+        if self._owner_fd >= 0:
+            os.close(self._owner_fd)
+            self._owner_fd = -1
+            self._pipe.close()
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            os.close(self.pidfd)
+
+    def __enter__(self) -> "Owned":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start_owned(vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Exception], str]) -> Owned:
+    """Run `vmm` in a process of its own, for this one; returns at once."""
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    owned_end, owner_end = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read_end)
+        os.close(owner_end)
+        _become_vmm(vmm, describe, write_end, owned_end)
+    os.close(write_end)
+    os.close(owned_end)
+    return Owned(pid, os.pidfd_open(pid), owner_end, os.fdopen(read_end, "rb"))
+
+
 def _become_vmm(
-    vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Exception], str], write_end: int
+    vmm: Callable[[Detached], tuple[int, str]],
+    describe: Callable[[Exception], str],
+    write_end: int,
+    owner_fd: int = -1,
 ) -> None:
     """In the child. Never returns: the caller's `finally` clauses belong to the parent."""
     code = EXIT_VMM
     try:
         os.setsid()
-        if os.fork() > 0:
+        if owner_fd < 0 and os.fork() > 0:
             os._exit(0)  # the VMM is nobody's child, and, not leading its session, gets no terminal ever
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         for fd in range(3):
             os.dup2(null, fd)
         os.close(null)
-        starter = Detached(write_end)
+        starter = Detached(write_end, owner_fd)
         try:
             code, reason = vmm(starter)
         except Exception as error:

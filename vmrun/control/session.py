@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class Starter(Protocol):
-    """Whoever started a detached machine and waits until it runs."""
+    """Whoever started a detached machine and waits until it runs. `owner_fd` reads as ended when the machine
+    is to end too; -1: it goes on alone.
+    """
+
+    owner_fd: int
 
     def claimed(self, directory: runtime.RuntimeDirectory) -> None: ...
     def running(self, name: str) -> bool: ...
@@ -93,6 +97,7 @@ class _Lives:
         self._hub = hub
         self._server = server
         self._starter = starter
+        self._told = False  # that the machine runs
         self._path = directory.path / runtime.CONFIG
         self._overlays = overlays
 
@@ -130,7 +135,11 @@ class _Lives:
         machine.on_config = self._is_made_of
         machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
         self._server.serve(machine.loop, MachineControl(machine))
-        starter, self._starter = self._starter, None
+        if self._starter is not None and self._starter.owner_fd >= 0:
+            machine.loop.watch(
+                self._starter.owner_fd, lambda: machine.end(EXIT_VMM, "whoever started the machine is gone")
+            )
+        starter, self._told = (None if self._told else self._starter), True
         if starter is not None:
 
             def tell() -> None:

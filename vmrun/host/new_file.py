@@ -4,7 +4,6 @@ taken for an image. VMM process and its user side.
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +81,8 @@ def _open_unnamed(path: Path, directory: int) -> tuple[int, str | None]:
     except OSError as error:
         if error.errno not in NO_TMPFILE:
             raise OSError(error.errno, f"{path}: {error.strerror}") from None
+    import secrets  # here: few file systems need it, and it is slow to import
+
     name = f".{path.name[:200]}.{secrets.token_hex(4)}.part"
     try:
         return os.open(name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666, dir_fd=directory), name

@@ -7,13 +7,11 @@ the machine over all its lives: a reset does not lose what the guest has written
 """
 
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import MAX_BACKING_NAME
 from devices.errors import ImageError
 from vmrun.errors import EXIT_IMAGE, UserError
@@ -36,6 +34,8 @@ def create_overlay(base: DiskConfig, directory: Path, size: int | None = None) -
     path = base.path.absolute()
     if len(os.fsencode(path)) > MAX_BACKING_NAME:
         raise UserError(f"disk {path}: its path is too long for a backing file's", EXIT_IMAGE)
+    from devices.block.qcow2_create import create_qcow2  # here: most machines have no overlays
+
     fd = open_unnamed(directory)
     try:
         # The name is for others: the VMM was told what is below, and does not ask the header.
@@ -87,6 +87,8 @@ def named(disks: Sequence[AnyDisk], label: str) -> tuple[AnyDisk, ...]:
 
 def temporary_directory() -> Path:
     """Where throw-away overlays are: $TMPDIR, else /var/tmp, which is on a disk where /tmp may be memory."""
+    import tempfile
+
     return Path(
         os.environ.get("TMPDIR") or ("/var/tmp" if os.path.isdir("/var/tmp") else tempfile.gettempdir())
     )

@@ -90,10 +90,13 @@ def parse_host_address(text: str) -> tuple[str, int]:
 
     if "/" not in text:
         try:
-            example = f"{ipaddress.ip_address(text)}/24"
+            address = ipaddress.ip_address(text)
+            example = f"{address}/{24 if address.version == 4 else 64}"
         except ValueError:
-            example = "ip=172.16.0.1/24"
-        raise UserError(f"ip={text}: give an address and how long its network's prefix is, as in {example}")
+            example = "172.16.0.1/24"
+        raise UserError(
+            f"ip={text}: give an address and how long its network's prefix is, as in ip={example}"
+        )
     try:
         interface = ipaddress.ip_interface(text)
     except ValueError as error:

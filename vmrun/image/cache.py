@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,14 @@ def remember(identity: list[int | str], content: str) -> None:
     kept = dict(list(sources.items())[-_MAX_SOURCES:])
     root = cache.directory()
     root.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=root, prefix=_SOURCES, delete=False) as file:
+    for left_behind in root.glob(f"{_SOURCES}.?*"):
+        try:
+            # Nobody takes a minute to write a page: its writer was killed.
+            if left_behind.stat().st_mtime < time.time() - 60:
+                left_behind.unlink()
+        except FileNotFoundError:
+            continue
+    with tempfile.NamedTemporaryFile("w", dir=root, prefix=f"{_SOURCES}.", delete=False) as file:
         try:
             json.dump(kept, file)
             file.flush()

@@ -11,7 +11,9 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+from vmrun.errors import UserError
 from vmrun.guestkit.progress import Progress
 from vmrun.image.layers import is_kept
 from vmrun.image.limits import Limits, refused, shown
@@ -19,13 +21,27 @@ from vmrun.image.spool import Spool
 from vmrun.image.tree import Entry, Inode, Tree
 
 
+class _Found(NamedTuple):
+    """Something in the directory. `parent` is a descriptor of what it is in, open until the next one."""
+
+    name: bytes
+    """From the top; empty for the top itself."""
+    about: os.stat_result
+    target: bytes
+    parent: int
+
+    @property
+    def last(self) -> bytes:
+        return self.name.rpartition(b"/")[2] or b"."
+
+
 def key(path: Path, limits: Limits) -> str:
     """A hash of the walk. Raises OSError for what cannot be read."""
     digest = hashlib.sha256()
-    for name, about, target in _walk(path, limits):
+    for name, about, target, _ in _walk(path, limits):
         fields = (
             about.st_mode, about.st_uid, about.st_gid, about.st_rdev,
-            # The size of a directory is its file system's affair, and its time is in the names.
+            # The size of a directory is its file system's affair, and what is in it comes with the walk.
             0 if stat.S_ISDIR(about.st_mode) else about.st_size,
             about.st_mtime_ns, about.st_ctime_ns,
         )  # fmt: skip
@@ -40,77 +56,80 @@ def read(path: Path, spool: Spool, limits: Limits, progress: Progress) -> Tree:
     by hand means a root.
     """
     tree = Tree(limits)
-    owner = os.lstat(path).st_uid
-    group = os.lstat(path).st_gid
+    top = path.stat()
     linked: dict[tuple[int, int], Inode] = {}
     directories: dict[bytes, Inode] = {b"": tree.root}
     progress.step(f"reading {path}")
     copied = 0
-    for name, about, target in _walk(path, limits):
-        parent, _, last = name.rpartition(b"/")
-        if not name:
-            inode = tree.root
-        elif (about.st_dev, about.st_ino) in linked:
-            inode = linked[about.st_dev, about.st_ino]
-        else:
-            inode = Inode(about.st_mode, target=target)
+    for found in _walk(path, limits):
+        about = found.about
+        inode = linked.get((about.st_dev, about.st_ino))
+        if inode is None:
+            inode = Inode(about.st_mode, target=found.target) if found.name else tree.root
             if stat.S_ISDIR(about.st_mode):
-                directories[name] = inode
+                directories[found.name] = inode
             elif about.st_nlink > 1:
                 linked[about.st_dev, about.st_ino] = inode
             if stat.S_ISREG(about.st_mode):
-                _take_content(path, name, about, inode, spool)
-                copied += inode.size
+                _take_content(path, found, inode, spool)
             elif stat.S_ISBLK(about.st_mode) or stat.S_ISCHR(about.st_mode):
                 inode.device = (os.major(about.st_rdev), os.minor(about.st_rdev))
-        inode.mode = about.st_mode
-        inode.uid = 0 if about.st_uid == owner else about.st_uid
-        inode.gid = 0 if about.st_gid == group else about.st_gid
-        inode.mtime_ns = about.st_mtime_ns
-        inode.xattrs = _xattrs(os.path.join(os.fsencode(path), name))
-        if name:
+            inode.mode = about.st_mode
+            inode.uid = 0 if about.st_uid == top.st_uid else about.st_uid
+            inode.gid = 0 if about.st_gid == top.st_gid else about.st_gid
+            inode.mtime_ns = about.st_mtime_ns
+            inode.xattrs = _xattrs(found)
+        if found.name:
+            parent, _, last = found.name.rpartition(b"/")
             tree.put(directories[parent], last, Entry(inode, 0))
-        for _ in range(copied >> 20):
-            progress.advance(shown(name))
-        copied &= (1 << 20) - 1
+        for _ in range((spool.size >> 20) - copied):
+            progress.advance(shown(found.name))
+        copied = spool.size >> 20
     return tree
 
 
-def _walk(path: Path, limits: Limits) -> Iterator[tuple[bytes, os.stat_result, bytes]]:
-    """Each name below `path`, what lstat says, and a link's target; directories before what is in them."""
-    top = os.fsencode(path)
-    about = os.stat(top)
-    device = about.st_dev
-    yield b"", about, b""
-    pending = [b""]
+def _walk(path: Path, limits: Limits) -> Iterator[_Found]:
+    """The top and all below it, directories before what is in them, the same way each time.
+
+    By descriptors: who may write in the directory cannot lead the walk out of it by putting a link in the
+    place of a directory.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    top = os.fsencode(path.resolve())
+    device = os.stat(top).st_dev
     count = 0
-    while pending:
-        parent = pending.pop()
-        for name in sorted(os.listdir(os.path.join(top, parent))):
-            below = parent + b"/" + name if parent else name
-            full = os.path.join(top, below)
-            about = os.lstat(full)
+    for where, directories, files, parent in os.fwalk(top, onerror=fail):
+        below = os.path.relpath(where, top)
+        if below == b".":
+            yield _Found(b"", os.fstat(parent), b"", parent)
+        if os.fstat(parent).st_dev != device:
+            directories.clear()  # a mount: its directory is in the image, empty
+            continue
+        directories.sort()
+        for last in sorted([*directories, *files]):
+            name = last if below == b"." else below + b"/" + last
+            about = os.stat(last, dir_fd=parent, follow_symlinks=False)
             count += 1
             if count > limits.entries:
-                raise limits.over_entries(shown(below))
-            if below.count(b"/") >= limits.depth:
-                raise limits.over_depth(shown(below))
-            if stat.S_ISSOCK(about.st_mode):
-                continue
-            yield below, about, os.readlink(full) if stat.S_ISLNK(about.st_mode) else b""
-            if stat.S_ISDIR(about.st_mode) and about.st_dev == device:
-                pending.append(below)
+                raise limits.over_entries(shown(name))
+            if name.count(b"/") >= limits.depth:
+                raise limits.over_depth(shown(name))
+            if not stat.S_ISSOCK(about.st_mode):
+                target = os.readlink(last, dir_fd=parent) if stat.S_ISLNK(about.st_mode) else b""
+                yield _Found(name, about, target, parent)
 
 
-def _take_content(path: Path, name: bytes, about: os.stat_result, inode: Inode, spool: Spool) -> None:
+def _take_content(path: Path, found: _Found, inode: Inode, spool: Spool) -> None:
     """Copy a file, its holes left out."""
-    fd = os.open(
-        os.path.join(os.fsencode(path), name), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    )
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    fd = os.open(found.last, flags, dir_fd=found.parent)
     try:
         now = os.fstat(fd)
-        if (now.st_dev, now.st_ino) != (about.st_dev, about.st_ino):
-            raise refused(f"{path}: {shown(name)} changed while it was read")
+        if (now.st_dev, now.st_ino) != (found.about.st_dev, found.about.st_ino):
+            raise _changed(path, found)
         inode.size = now.st_size
         position = 0
         while position < inode.size:
@@ -121,16 +140,22 @@ def _take_content(path: Path, name: bytes, about: os.stat_result, inode: Inode, 
             end = min(os.lseek(fd, start, os.SEEK_HOLE), inode.size)
             os.lseek(fd, start, os.SEEK_SET)
             try:
-                at = spool.append(lambda size: os.read(fd, size), end - start, shown(name))
+                at = spool.append(lambda size: os.read(fd, size), end - start, shown(found.name))
             except EOFError:
-                raise refused(f"{path}: {shown(name)} changed while it was read") from None
+                raise _changed(path, found) from None
             inode.pieces.append((start, at, end - start))
             position = end
     finally:
         os.close(fd)
 
 
-def _xattrs(path: bytes) -> dict[bytes, bytes]:
+def _changed(path: Path, found: _Found) -> UserError:
+    return refused(f"image {path}: {shown(found.name)} changed while it was read: try again")
+
+
+def _xattrs(found: _Found) -> dict[bytes, bytes]:
+    # There is no lgetxattrat(2) before Linux 6.13.
+    path = os.path.join(b"/proc/self/fd/%d" % found.parent, found.last)
     try:
         names = [os.fsencode(name) for name in os.listxattr(path, follow_symlinks=False)]
         return {name: os.getxattr(path, name, follow_symlinks=False) for name in names if is_kept(name)}

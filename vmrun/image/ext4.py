@@ -239,10 +239,9 @@ class _Writer:
 
     def write(self) -> None:
         self._number()
-        copied = written = 0
-        for inode in self._tree.walk():
+        copied = 0
+        for written, inode in enumerate(self._tree.walk(), 1):
             self._write_inode(inode)
-            written += 1
             if not written % 1000:
                 self._progress.advance()
             copied += sum(length for _, _, length in inode.pieces)

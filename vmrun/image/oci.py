@@ -121,7 +121,8 @@ def parse_config(blobs: Blobs, name: str, digest: str | None = None) -> tuple[st
         there = shown(f"{found[0]}/{found[1]}".encode())
         raise refused(f"{blobs.what}: an image for {there}; this host runs {'/'.join(PLATFORM)}")
     rootfs = values.get("rootfs")
-    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    # An image without layers has null there, as Go writes an empty list.
+    diff_ids = (rootfs.get("diff_ids") or []) if isinstance(rootfs, dict) else None
     if not isinstance(diff_ids, list) or not all(_is_digest(diff_id) for diff_id in diff_ids):
         raise refused(f"{blobs.what}: {name} does not say the digests of its layers")
     if len(diff_ids) > _MAX_LAYERS:

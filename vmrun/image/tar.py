@@ -286,9 +286,11 @@ class Archive:
         text = field.partition(b"\0")[0].strip()
         if not text:
             return 0
-        if not all(digit in b"01234567" for digit in text):
-            raise refused(f"{self._what}: not a tar archive, or a damaged one")
-        return int(text, 8)
+        try:
+            # int() alone would take a sign, and underlines.
+            return int(text if text.isdigit() else b"", 8)
+        except ValueError:
+            raise refused(f"{self._what}: not a tar archive, or a damaged one") from None
 
     def _decimal(self, text: bytes) -> int:
         # 20 digits: int() of a megabyte of them takes quadratic time.

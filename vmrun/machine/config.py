@@ -77,7 +77,8 @@ class MachineConfig:
     """`memory` is in bytes. `kernel` None means the guest kit's, unless there is `firmware`, which then looks
     for something to boot itself. `name` stands in messages.
 
-    `legacy_virtio`: the guest sees virtio devices as they were before virtio 1.0.
+    `legacy_virtio`: the guest sees virtio devices as they were before virtio 1.0. `agent`: it has ports for an
+    agent, through which programs are run in it.
     """
 
     memory: int = 128 * MIB
@@ -90,6 +91,7 @@ class MachineConfig:
     cdrom: Path | None = None
     firmware: Path | None = None
     legacy_virtio: bool = False
+    agent: bool = True
     name: str = "vm"
     verbose: bool = False
 

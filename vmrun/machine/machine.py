@@ -57,6 +57,7 @@ from vmrun.machine.vcpu import GuestHalted, VcpuThread, allow_kicks, set_boot_st
 if TYPE_CHECKING:
     from devices.scsi.medium import Medium
     from devices.vhost.frontend import VhostUserDevice
+    from devices.virtio.console_ports import Port
     from vmrun.boot.firmware import Firmware
     from vmrun.machine.workers import SupervisedWorker
     from vmrun.snapshot.memory_file import OpenMemory
@@ -69,6 +70,10 @@ SOFTWARE_KVM_NOTE = (
     "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), vmrun finishes what it "
     "leaves undone; programs run at full speed. See `vmrun doctor`"
 )
+# What the guest's agent listens on: for so many callers at once.
+AGENT_PORT = "vmrun.agent.{}"
+AGENT_PORTS = 8
+
 STOP_SECONDS = 5.0  # how long a vCPU thread may take to leave the guest
 
 
@@ -142,6 +147,7 @@ class Machine:
     ) -> None:
         self.config = config
         self.outcome: Outcome | None = None
+        self.agent_ports: list[Port] = []
         self.vcpus: list[VcpuThread] = []
         self.workers: dict[str, SupervisedWorker] = {}
         self.on_config: Callable[[MachineConfig], None] = lambda config: None
@@ -293,6 +299,12 @@ class Machine:
         """The virtio devices that are on every board and live in this process."""
         rng = VirtioRng(self.ram.memory, self.board)
         self._plug_virtio_device(rng, "rng")
+        if self.config.agent:
+            from devices.virtio.console import VirtioConsole
+
+            console = VirtioConsole(self.ram.memory, self.board, max_ports=AGENT_PORTS + 1)
+            self.agent_ports = [console.add_port(AGENT_PORT.format(index)) for index in range(AGENT_PORTS)]
+            self._plug_virtio_device(console, "console")
         self.shutdown = Shutdown(self.loop, self.acpi_pm, self._end_requested)
         vmmci = self.shutdown.vmmci
         self.shutdown.on_driver = ClockJump(self.loop, vmmci).update

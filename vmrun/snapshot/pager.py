@@ -336,7 +336,7 @@ class LazyRam:
         _, uffd, mappings = self._clients.pop(name)
         for address, size, _ in mappings:
             try:
-                pass
+                userfaultfd.unregister(uffd, address, size)
             except OSError:
                 pass  # its process is gone, or has mapped memory elsewhere since
         os.close(uffd)

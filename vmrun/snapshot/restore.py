@@ -43,6 +43,8 @@ class Snapshot:
         try:
             self.saved_config = parse_config(self.manifest.config)
             facts = MemoryFacts.load(self.manifest.memory)
+            if self.saved_config.memory != facts.size:
+                raise ValueError(f"{self.saved_config.memory} bytes of memory and a file of {facts.size}")
             if len(self.saved_config.disks) != len(self.manifest.disks):
                 raise ValueError("it has not the files of each disk")
             if len(self.saved_config.nics) != len(self.manifest.macs):

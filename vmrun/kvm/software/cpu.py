@@ -5,11 +5,13 @@ Three things come here:
 * KVM_EXIT_INTERNAL_ERROR, emulation: kernel-mode code met an instruction that the emulator does not know.
 * KVM_EXIT_X86_WRMSR: the guest set LSTAR or CSTAR, the addresses its system calls enter at (we asked for
   this exit).
-* KVM_EXIT_DEBUG: the guest reached a place where we keep a hardware breakpoint. One is its page-fault handler:
-  a SYSCALL in user mode jumps to LSTAR without leaving user mode, faults on the fetch, and arrives here; we
-  finish it. A true page fault is let through. The other is where KVM lets a SYSCALL of 32-bit code enter: the
-  lower half of CSTAR, in kernel mode and on the program's stack, which would be the kernel's end. The program
-  gets the #UD that it gets from Intel's processors. The guest's own hardware breakpoints do not work meanwhile.
+* KVM_EXIT_DEBUG: the guest reached a place where we keep a hardware breakpoint. One is its page-fault
+  handler: a SYSCALL in user mode jumps to LSTAR without leaving user mode, faults on the fetch, and arrives
+  here; we finish it. A true page fault is let through. The other is where KVM lets a SYSCALL of 32-bit code
+  enter: the lower half of CSTAR, in kernel mode and on the program's stack, which would be the kernel's end.
+  The program gets #UD, as from Intel's processors.
+
+The guest's own hardware breakpoints do not work meanwhile.
 
 The guest may bring any register, page table or code here. What a processor would answer with an exception
 becomes that exception in the guest.
@@ -129,25 +131,20 @@ class SoftwareCpu:
             "lstar": self._lstar,
             "cstar": self._cstar,
             "fault_handler": self._fault_handler,
-            "stepping": self._stepping,
             "int3": self._int3_is_pending(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Put it into the helper of a vCPU that was loaded before: stepping begins at its registers. Raises
-        ValueError.
-        """
-        check_keys(state, ("lstar", "cstar", "fault_handler", "stepping", "int3"))
+        """Put it into the helper of a vCPU that was loaded before. Raises ValueError."""
+        check_keys(state, ("lstar", "cstar", "fault_handler", "int3"))
         self._lstar = check_number(state["lstar"], "lstar", 64)
         self._cstar = check_number(state["cstar"], "cstar", 64)
         self._fault_handler = check_number(state["fault_handler"], "fault_handler", 64)
         self._star = 0
-        if type(state["stepping"]) is not bool or type(state["int3"]) is not bool:
-            raise ValueError("the saved state of the software CPU is not of this kind")
-        if state["stepping"]:
-            self._step()
-        elif self._fault_handler:
-            self._arm()
+        if type(state["int3"]) is not bool:
+            raise ValueError("int3 in the saved state is not true or false")
+        if self._fault_handler:
+            self._arm()  # was it being stepped over, it is met again
         if state["int3"]:
             self._raise(BP_VECTOR)
 
@@ -259,20 +256,21 @@ class SoftwareCpu:
         self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
 
     def _refuse_system_call(self) -> None:
-        """#UD for a SYSCALL in 32-bit code, from which KVM entered the guest's kernel already, or for a
-        program that jumped to where it enters. Which segments the code had is not known; it gets those that
-        SYSRET would give it.
+        """#UD for a SYSCALL in 32-bit code, from which KVM entered the guest's kernel already. Which segments
+        the code had is not known; it gets those that SYSRET would give it.
         """
-        self._count("32-bit system call")
         regs, sregs = self._vcpu.sync.regs, self._vcpu.sync.sregs
-        if not sregs.cs.selector & 3:
-            self._user_code_selector()  # reads STAR
-            selector = self._star >> 48 & 0xFFFC | 3
-            _set_flat_segment(sregs.cs, selector, 11, privilege=3)
-            _set_flat_segment(sregs.ss, selector + 8 & 0xFFFF, 3, privilege=3)
-            regs.rip = regs.rcx - _SYSCALL_SIZE & 0xFFFFFFFF
-            regs.rflags = regs.r11 & RFLAGS_USER | RFLAGS_IF | 2
-            self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
+        if sregs.cs.selector & 3:
+            self._step()  # a program whose own code is at that address
+            return
+        self._count("32-bit system call")
+        self._read_syscall_msrs()
+        selector = self._star >> 48 & 0xFFFC | 3
+        _set_flat_segment(sregs.cs, selector, 11, privilege=3)
+        _set_flat_segment(sregs.ss, selector + 8 & 0xFFFF, 3, privilege=3)
+        regs.rip = regs.rcx - _SYSCALL_SIZE & 0xFFFFFFFF
+        regs.rflags = regs.r11 & RFLAGS_USER | RFLAGS_IF | 2
+        self._changed(abi.KVM_SYNC_X86_REGS | abi.KVM_SYNC_X86_SREGS)
         self._raise(UD_VECTOR)
 
     def _enter_kernel_segments(self) -> None:
