@@ -15,7 +15,6 @@ The exception is the console: what its host does not take at once is dropped, as
 console spins with interrupts off until the device has used its buffer.
 """
 
-import logging
 from collections.abc import Callable
 from struct import Struct
 from typing import Any
@@ -41,8 +40,6 @@ from devices.virtio.console_ports import (
 from devices.virtio.device import VIRTIO_ID_CONSOLE
 from devices.virtio.inprocess import InProcessDevice
 from devices.virtio.queue import SplitQueue
-
-logger = logging.getLogger(__name__)
 
 # Feature bits, section 5.3.3.
 VIRTIO_CONSOLE_F_SIZE = 1 << 0
@@ -357,8 +354,10 @@ class VirtioConsole(InProcessDevice):
     def _complain(self, what: str) -> None:
         """A message that says nothing to us, or that the driver could not take the device or a port."""
         if not self._complained:
+            import logging  # here: it is rare, and every start would pay
+
             self._complained = True
-            logger.warning("virtio console: the driver sent %s", what)
+            logging.getLogger(__name__).warning("virtio console: the driver sent %s", what)
 
     def _tell(self, queue: SplitQueue) -> bool:
         """What the driver is to be told, as far as it has buffers."""

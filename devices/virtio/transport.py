@@ -176,6 +176,8 @@ class VirtioPciFunction(PciFunction):
         self._signal_lock = threading.Lock()
         self._reported = False
         self._closed = False
+        self._paused = False
+        self._config_unsaid = False  # a configuration interrupt that came while paused
         self._kick_fds = [_eventfd() for _ in self.queues]
         self._intx_fd = _eventfd()
         self.msix: MsiX | None = None
@@ -264,6 +266,7 @@ class VirtioPciFunction(PciFunction):
             # driver.
             self.status = 0
             self.isr = 0
+            self._config_unsaid = False
             for fd in (self._intx_fd, *self._kick_fds):
                 _drain(fd)
             self._update_pin()
@@ -387,6 +390,10 @@ class VirtioPciFunction(PciFunction):
         """Notify of a configuration change (4.1.5.4), never before DRIVER_OK. Leaf lock held."""
         if self._closed or not self.status & DRIVER_OK:
             return
+        if self._paused:
+            # The interrupt controllers are perhaps being saved: what is low in ISR must be low there too.
+            self._config_unsaid = True
+            return
         self.isr |= ISR_CONFIG
         if self.msix is None or not self.msix.enabled:
             self._update_pin()
@@ -429,6 +436,8 @@ class VirtioPciFunction(PciFunction):
             self.device.pause()
             # What the device signalled before it held still, and the main loop has not seen yet.
             self._intx_signalled()
+            with self._signal_lock:
+                self._paused = True
             if self.msix is not None:
                 self.msix.pause()
 
@@ -436,6 +445,11 @@ class VirtioPciFunction(PciFunction):
         with self.lock:
             if self.msix is not None:
                 self.msix.unpause()
+            with self._signal_lock:
+                self._paused = False
+                unsaid, self._config_unsaid = self._config_unsaid, False
+                if unsaid:
+                    self._raise_config()
             self.device.unpause()
 
     def save(self) -> dict[str, Any]:
@@ -449,6 +463,7 @@ class VirtioPciFunction(PciFunction):
                     "status": self.status,
                     "isr": self.isr,
                     "config_generation": self.config_generation,
+                    "config_unsaid": self._config_unsaid,
                     "driver_features": self.driver_features,
                     "negotiated": self.negotiated,
                     "device_feature_select": self.device_feature_select,
@@ -472,6 +487,7 @@ class VirtioPciFunction(PciFunction):
         status = registers.number("status", 0xFF)
         isr = registers.bits("isr", ISR_QUEUE | ISR_CONFIG)
         generation = registers.number("config_generation", 0xFF)
+        unsaid = registers.flag("config_unsaid")
         driver_features = registers.number("driver_features", (1 << 32 * FEATURE_WORDS) - 1)
         negotiated = registers.bits("negotiated", self.features | self.legacy_features)
         selects = [
@@ -503,6 +519,7 @@ class VirtioPciFunction(PciFunction):
             self.active = active
             with self._signal_lock:
                 self.status, self.isr, self.config_generation = status, isr, generation
+                self._paused, self._config_unsaid = True, unsaid
                 self._update_pin()
             if legacy and self._legacy is not None:
                 self._legacy.start_kicks()

@@ -47,7 +47,7 @@ class Guest:
 
     def _build(self) -> None:
         self.device = VirtioConsole(self.machine.ram.memory, self.machine.board, size=(90, 90))
-        self.listener = PortListener(self.machine.loop, self.device.add_port("test.echo"), self.path)
+        self.listener = PortListener(self.machine.loop, [self.device.add_port("test.echo")], self.path)
         self._stack.callback(self.listener.close)
 
     def _pair(self, stack: ExitStack) -> tuple[socket.socket, socket.socket]:

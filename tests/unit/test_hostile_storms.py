@@ -152,7 +152,7 @@ def test_a_vcpu_that_waits_for_a_worker_does_not_hold_up_the_end() -> None:
             return answered.is_set()
 
     machine: Any = SimpleNamespace(
-        pause=SimpleNamespace(release=lambda: None),
+        pause=SimpleNamespace(release=lambda: None, working=0),
         vcpus=[Stuck()],
         devices={"blk0": SimpleNamespace(close=answered.set)},
     )

@@ -88,7 +88,8 @@ def check_app(image: Any, source: str) -> None:
     assert image.config.cmd == ("true",)
     assert image.config.env == {"PATH": "/bin", "EMPTY": ""}
     assert (image.config.user, image.config.workdir) == ("daemon:5", "/srv")
-    assert image.disk.stat().st_mode & 0o777 == 0o444
+    assert image.disk.stat().st_mode & 0o777 == 0o400
+    assert image.disk.with_name("image.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_oci_layout(tmp_path: Path) -> None:

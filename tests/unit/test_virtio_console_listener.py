@@ -22,7 +22,7 @@ class Listening:
     def __init__(self, path: Path) -> None:
         self.machine = Machine()
         self.path = path
-        self.listener = PortListener(self.machine.loop, self.machine.device.port("one"), path)
+        self.listener = PortListener(self.machine.loop, [self.machine.device.port("one")], path)
         self.machine.start_all(1)
         self.clients: list[socket.socket] = []
 

@@ -70,6 +70,7 @@ class _Unwatched:
     """
 
     def __init__(self, starter: detach.Detached, lock: int) -> None:
+        self.owner_fd = -1
         self._starter = starter
         self._lock = lock
 

@@ -4,6 +4,7 @@ A machine is a process with a directory named like it in `base_directory()`:
 
     lock          held (flock) by the VMM as long as it lives; inside is its process id
     control       its control socket (docs/control.md)
+    agent         leads to the agent in the guest (docs/agent.md)
     config.json   what it is made of
     console.log   what its guest printed lately, and console.log.1 before that
     vmm.log       what a detached VMM says itself
@@ -30,6 +31,7 @@ from vmrun.errors import UserError
 
 LOCK = "lock"
 SOCKET = "control"
+AGENT = "agent"
 CONFIG = "config.json"
 CONSOLE_LOG = "console.log"
 VMM_LOG = "vmm.log"
@@ -249,7 +251,7 @@ def _keep(base: Path, path: Path, outcome: str) -> None:
     kept = base / ENDED
     kept.mkdir(mode=0o700, exist_ok=True)
     (path / OUTCOME).write_text(outcome)
-    for unneeded in (SOCKET, LOCK):
+    for unneeded in (SOCKET, AGENT, LOCK):
         (path / unneeded).unlink(missing_ok=True)
     shutil.rmtree(kept / path.name, ignore_errors=True)
     path.rename(kept / path.name)

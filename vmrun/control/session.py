@@ -133,6 +133,11 @@ class _Lives:
         from vmrun.machine.control import MachineControl
 
         machine.on_config = self._is_made_of
+        if machine.agent_ports:
+            from vmrun.machine.ports import PortListener
+
+            listener = PortListener(machine.loop, machine.agent_ports, self._path.with_name(runtime.AGENT))
+            machine.stack.callback(listener.close)
         machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
         self._server.serve(machine.loop, MachineControl(machine))
         if self._starter is not None and self._starter.owner_fd >= 0:

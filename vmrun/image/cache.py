@@ -78,6 +78,7 @@ def find_or_make(key: str, make: Callable[[Path], None]) -> Image:
 def save(into: Path, spec: str, source: str, config: ImageConfig) -> None:
     """Write what is to be known of the image beside its disk."""
     about = {"version": VERSION, "spec": spec, "source": source, "config": config.as_json()}
+    (into / ABOUT).touch(0o600)
     (into / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
 
 

@@ -164,7 +164,8 @@ class _Conversion:
     def _write(self, into: Path, tree: Tree, spool: Spool, kind: str, config: ImageConfig) -> None:
         disk = into / cache.DISK
         ext4.write(tree, spool.fd, disk, self._disk_size or ext4.default_size(tree), self._progress)
-        disk.chmod(0o444)
+        # The image's secrets, and those of its environment, are not for the host's other users.
+        disk.chmod(0o400)
         cache.save(into, self._spec, kind, config)
 
     @contextmanager

@@ -146,6 +146,7 @@ class Machine:
         saved: SavedMachine | None = None,
     ) -> None:
         self.config = config
+        self.stack = stack
         self.outcome: Outcome | None = None
         self.agent_ports: list[Port] = []
         self.vcpus: list[VcpuThread] = []

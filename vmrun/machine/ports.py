@@ -1,7 +1,7 @@
 """What the ports of the virtio console are connected to: UNIX stream sockets, on the main loop. VMM process.
 
-`PortLink` joins a port to one connected socket at a time, `PortListener` to whoever connects to a path, one
-after the other. No byte is kept in this process: sockets and guest memory are all the buffers there are. A
+`PortLink` joins a port to one connected socket at a time, `PortListener` joins ports to those who connect to
+a path. No byte is kept in this process: sockets and guest memory are all the buffers there are. A
 client that does not read stops the guest's writers; a guest that does not read stops the client's.
 
 A stream is as long as both ends have it open. When the guest closes its end, or its driver goes, the client
@@ -19,7 +19,7 @@ import select
 import socket
 import struct
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -175,13 +175,15 @@ class PortLink:
 
 
 class PortListener:
-    """Lets the clients that connect to `path` have a port, one at a time in the order in which they come.
+    """Lets the clients that connect to `path` have the ports, each one of its own. Those for whom there is none
+    wait their turn, in the order in which they come.
 
-    Owns the listening socket, the path and a `PortLink`. Only root and the owner of this process are let in.
+    Owns the listening socket, the path and a `PortLink` for each port. Only root and the owner of this process
+    are let in.
     """
 
-    def __init__(self, loop: EventLoop, port: Port, path: Path) -> None:
-        self.link = PortLink(loop, port, self._listen)
+    def __init__(self, loop: EventLoop, ports: Sequence[Port], path: Path) -> None:
+        self.links = [PortLink(loop, port, self._listen) for port in ports]
         self.path = path
         self._loop = loop
         self._closed = False
@@ -198,12 +200,17 @@ class PortListener:
             self._socket.close()
             raise
 
+    @property
+    def _free(self) -> PortLink | None:
+        return next((link for link in self.links if link.free), None)
+
     def _listen(self) -> None:
-        if not self._closed and self.link.free:
+        if not self._closed and self._free is not None:
             self._loop.watch(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
-        if self._closed or not self.link.free:
+        link = self._free
+        if self._closed or link is None:
             # Those who come now wait in the socket's queue, which wakes nobody.
             self._loop.unwatch(self._socket.fileno())
             return
@@ -220,18 +227,20 @@ class PortListener:
         if uid not in (0, os.geteuid()):
             client.close()
             return
-        self.link.connect(client)
-        self._loop.unwatch(self._socket.fileno())
+        link.connect(client)
+        if self._free is None:
+            self._loop.unwatch(self._socket.fileno())
 
     def close(self) -> None:
-        """Stop listening, remove the path, let go of the client."""
+        """Stop listening, remove the path, let go of the clients."""
         if self._closed:
             return
         self._closed = True
         self._loop.unwatch(self._socket.fileno())
         with closing(self._socket):
             self.path.unlink(missing_ok=True)
-        self.link.close()
+        for link in self.links:
+            link.close()
 
 
 def _hung_up(connection: socket.socket) -> bool:

@@ -77,6 +77,7 @@ char *take_text(struct fields *fields);
 struct settings {
 	bool init; /* PID 1 of the guest */
 	bool guest; /* in a guest: it may protect itself from the OOM killer */
+	int port; /* which of the ports this process serves */
 	const char *cgroup; /* the cgroup v2 directory that commands get theirs below, or 0 */
 };
 extern struct settings settings;
@@ -187,7 +188,11 @@ void boot_prepare(void);
 char **boot_init(int argc, char **argv);
 
 /* port.c */
+#define PORTS_MAX 8
+/* The open port number settings.port, or -1 while there is none, or while somebody else has it. */
 int port_open(void);
+/* Told at the first session of a port: somebody else may want the next one. */
+void port_in_use(void);
 
 bool read_file(const char *path, char *to, size_t size);
 bool write_file(const char *path, const char *text);

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -568,31 +569,35 @@ void commands_serve(void)
 	}
 }
 
+/* When something about it is due without poll telling, in ms from now; -1 for never. */
+static int64_t due(const struct command *command, int64_t now)
+{
+	int64_t left;
+
+	if (!command->used || command->orphaned)
+		return -1;
+	if (command->pid) {
+		left = command->output[0].rest_until - now;
+		return left > 0 ? left : -1;
+	}
+	if (command->linger == FOREVER)
+		return -1;
+	left = command->reaped_at + (int64_t)command->linger - now;
+	/* Past it, only output that is held up keeps it, and that has its own wake-up. */
+	return left > 0 ? left : 100;
+}
+
 int commands_timeout(void)
 {
 	int64_t now = now_ms(), nearest = -1;
 
 	for (int at = 0; at < COMMANDS_MAX; at++) {
-		struct command *command = &commands[at];
-		int64_t left;
+		int64_t left = due(&commands[at], now);
 
-		if (!command->used || command->orphaned)
-			continue;
-		if (command->pid)
-			left = command->output[0].rest_until - now;
-		else
-			left = command->linger == FOREVER ? -1 : command->reaped_at + (int64_t)command->linger - now;
-		if (command->pid || command->linger == FOREVER) {
-			if (left <= 0)
-				continue;
-		} else if (left <= 0) {
-			/* Only output that is held up keeps it, and that has its own wake-up. */
-			left = 100;
-		}
-		if (nearest < 0 || left < nearest)
+		if (left >= 0 && (nearest < 0 || left < nearest))
 			nearest = left;
 	}
-	return (int)nearest;
+	return nearest > INT_MAX ? INT_MAX : (int)nearest;
 }
 
 void commands_end_session(void)

@@ -121,11 +121,13 @@ static void sweep_cgroups(bool kill_too)
 {
 	DIR *directory = settings.cgroup ? opendir(settings.cgroup) : NULL;
 	struct dirent *entry;
+	char prefix[32];
 
+	snprintf(prefix, sizeof prefix, "vmrun-%d-", settings.port);
 	while (directory && (entry = readdir(directory))) {
 		char path[512];
 
-		if (strncmp(entry->d_name, "vmrun-", 6))
+		if (strncmp(entry->d_name, prefix, strlen(prefix)))
 			continue;
 		if (kill_too) {
 			snprintf(path, sizeof path, "%s/%s/cgroup.kill", settings.cgroup, entry->d_name);
@@ -166,7 +168,8 @@ bool cgroup_make(char *path, size_t size, bool kept)
 	path[0] = 0;
 	if (!settings.cgroup)
 		return false;
-	snprintf(path, size, "%s/%s-%u", settings.cgroup, kept ? "kept" : "vmrun", ++number);
+	snprintf(path, size, "%s/%s-%d-%u", settings.cgroup, kept ? "kept" : "vmrun", settings.port,
+		 ++number);
 	return mkdir(path, 0755) == 0;
 }
 

@@ -170,6 +170,7 @@ static void handle_hello(void)
 			send_hello();
 	} else if (same && state == ANSWERED && !memcmp(echo, own_nonce, NONCE_BYTES)) {
 		state = SYNCHRONOUS;
+		port_in_use();
 	}
 }
 

@@ -175,6 +175,57 @@ __attribute__((noreturn)) static void serve(int port)
 	}
 }
 
+void port_in_use(void)
+{
+	static bool told;
+
+	if (settings.guest && !told)
+		kill(getppid(), SIGUSR1);
+	told = true;
+}
+
+static pid_t start_server(int port)
+{
+	pid_t pid = fork();
+
+	if (pid)
+		return pid;
+	/* Children are killed at a session's end: a process for each port keeps sessions apart. */
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	settings.port = port;
+	watch_signals();
+	serve(-1);
+}
+
+/* Keeps a server for each port in use and one more, and reaps what nobody else does. */
+__attribute__((noreturn)) static void keep_servers(void)
+{
+	pid_t servers[PORTS_MAX], pid;
+	int count = 1;
+	sigset_t set;
+
+	sigemptyset(&set);
+	sigaddset(&set, SIGCHLD);
+	sigaddset(&set, SIGUSR1);
+	sigprocmask(SIG_BLOCK, &set, NULL);
+	servers[0] = start_server(0);
+	for (;;) {
+		siginfo_t about;
+
+		if (sigwaitinfo(&set, &about) == SIGUSR1)
+			/* From the last one: the others have successors. */
+			if (count < PORTS_MAX && about.si_pid == servers[count - 1]) {
+				servers[count] = start_server(count);
+				count++;
+			}
+		while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
+			for (int at = 0; at < count; at++)
+				if (servers[at] == pid)
+					servers[at] = start_server(at);
+	}
+}
+
 static void protect(void)
 {
 	struct statfs about;
@@ -224,9 +275,11 @@ int main(int argc, char **argv)
 		if (init)
 			setsid();
 	}
+	if (settings.guest) {
+		protect();
+		keep_servers();
+	}
 	watch_signals();
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
-	if (settings.guest)
-		protect();
 	serve(fd);
 }

@@ -1,5 +1,5 @@
 /*
- * The way to the host: the virtio console port with the name "vmrun.agent.0".
+ * The way to the host: the virtio console ports with the names "vmrun.agent.0", "vmrun.agent.1" and so on.
  */
 #include "agent.h"
 
@@ -10,15 +10,16 @@
 #include <unistd.h>
 
 #define PORTS "/sys/class/virtio-ports"
-#define PORT_NAME "vmrun.agent.0"
+#define PORT_NAME "vmrun.agent.%d"
 
-/* The open port, or -1 while there is none, or while somebody else has it. */
 int port_open(void)
 {
 	DIR *directory = opendir(PORTS);
 	struct dirent *entry;
+	char wanted[64];
 	int fd = -1;
 
+	snprintf(wanted, sizeof wanted, PORT_NAME, settings.port);
 	while (directory && fd < 0 && (entry = readdir(directory))) {
 		char path[512], name[64];
 
@@ -28,7 +29,7 @@ int port_open(void)
 		if (!read_file(path, name, sizeof name))
 			continue;
 		name[strcspn(name, "\n")] = 0;
-		if (strcmp(name, PORT_NAME))
+		if (strcmp(name, wanted))
 			continue;
 		snprintf(path, sizeof path, "/dev/%s", entry->d_name);
 		fd = open(path, O_RDWR | O_NONBLOCK | O_CLOEXEC);
