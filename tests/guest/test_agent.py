@@ -23,7 +23,7 @@ from vmrun.machine.ports import PortListener
 TIMEOUT = 400.0
 
 
-def talk(path: Path, other: Path) -> None:
+def talk(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))
         with AgentSession(client) as guest:
@@ -45,7 +45,7 @@ def talk(path: Path, other: Path) -> None:
             assert abs(seconds - time.time()) < 30
             assert roots == 1
             with socket.socket(socket.AF_UNIX) as second:
-                second.connect(str(other))
+                second.connect(str(path))
                 with AgentSession(second) as beside:
                     beside.hello(TIMEOUT)
                     beside.exec(["true"], timeout=60).wait(60)
@@ -83,13 +83,12 @@ def test_agent_in_a_guest(guest_kit: kit.GuestKit, tmp_path: Path) -> None:
         seen = bytearray()
         machine = Machine(config, stack.enter_context(Console(null, null)), stack)
         machine.uart.output = seen.extend
-        paths = [tmp_path / "agent0", tmp_path / "agent1"]
-        for path, port in zip(paths, machine.agent_ports, strict=False):
-            stack.callback(PortListener(machine.loop, port, path).close)
+        path = tmp_path / "agent"
+        stack.callback(PortListener(machine.loop, machine.agent_ports, path).close)
 
         def client() -> None:
             try:
-                talk(*paths)
+                talk(path)
             except BaseException as failure:
                 failures.append(failure)
                 machine.end(0, "the test failed")

@@ -97,7 +97,7 @@ def test_reasons(tmp_path: Path) -> None:
     with session() as guest:
         with pytest.raises(AgentError, match=r"cannot open /no/such: No such file"):
             guest.copy_out("/no/such", str(tmp_path / "out"))
-        with pytest.raises(AgentError, match="cannot open .*file: Not a directory"):
+        with pytest.raises(AgentError, match=r"cannot open .*file: Not a directory"):
             guest.copy_in(str(tmp_path / "file"), str(tmp_path / "file" / "below"))
         with pytest.raises(FileNotFoundError):
             guest.copy_in(str(tmp_path / "missing"), "/tmp")

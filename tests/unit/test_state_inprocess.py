@@ -1,4 +1,4 @@
-"""The virtio devices of the VMM process are paused, saved, loaded: random numbers, the CD-ROM drive, vmmci."""
+"""The virtio devices of the VMM process are paused, saved, loaded: entropy, the CD-ROM drive, vmmci."""
 
 import os
 import struct

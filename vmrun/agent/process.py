@@ -32,7 +32,7 @@ from vmrun.agent.streams import InputStream, OutputStream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Generator, Iterable
     from typing import Protocol, TypeAlias
 
     Source: TypeAlias = int | bytes | Iterable[bytes] | None
@@ -66,6 +66,8 @@ class Process:
         """In the guest."""
         self.output_error: OSError | None = None
         """What failed first in writing output on the host (but for a reader that went away)."""
+        self.input_error: Exception | None = None
+        """What reading `stdin` on the host failed with; the command was killed for it."""
         self._session = session
         self._channel = channel
         self._status: ExitStatus | None = None
@@ -84,6 +86,7 @@ class Process:
         }
         """For a sink that is PULL: `take` or `read` it."""
         self._threads: list[threading.Thread] = []
+        self._pumping: threading.Thread | None = None
 
     def wait(self, timeout: float | None = None) -> ExitStatus:
         """Its end, with all output written. Raises TimeoutError, or AgentGone without an end."""
@@ -101,6 +104,11 @@ class Process:
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         return self._over.wait(max(0.0, deadline - time.monotonic()))
+
+    def join_input(self) -> None:
+        """After the end: wait until nothing reads `stdin` any more. It may be in the middle of a read."""
+        if self._pumping is not None:
+            self._pumping.join()
 
     def discard(self, stream: int) -> None:
         """Take what still comes on a stream that nobody wants any more, to its end."""
@@ -151,8 +159,8 @@ class Process:
             self._wake = os.eventfd(0, os.EFD_CLOEXEC)
             if self._over.is_set():
                 os.eventfd_write(self._wake, 1)
-            pump = threading.Thread(target=self._pump, daemon=True, name=f"agent-in-{self._channel}")
-            pump.start()
+            self._pumping = threading.Thread(target=self._pump, daemon=True, name=f"agent-in-{self._channel}")
+            self._pumping.start()
 
     def _start(self, work: Callable[[int, Sink], None], stream: int, sink: Sink) -> None:
         thread = threading.Thread(
@@ -235,18 +243,24 @@ class Process:
             pass  # wait() tells
 
     def _pump(self) -> None:
+        chunks = _chunks(self._source, self._wake)
         try:
-            for data in _chunks(self._source, self._wake):
+            for data in chunks:
                 if not self._send_input(data):
                     return
             if not self._over.is_set():
                 self._session.send(END, STDIN, self._channel)
         except AgentGone:
             pass  # wait() tells
-        except OSError as error:
-            self.output_error = self.output_error or error
-            self.kill()
+        except Exception as error:  # whatever the caller's source raises is the caller's to see
+            self.input_error = error
+            try:
+                self.kill()
+            except AgentGone:
+                pass
         finally:
+            # A source that is a generator closes its files now, and not when it is collected.
+            chunks.close()
             with self._lock:
                 wake, self._wake = self._wake, -1
                 os.close(wake)
@@ -272,7 +286,7 @@ def _deliver(sink: Sink, data: bytes) -> None:
         sink(data)
 
 
-def _chunks(source: Source, wake: int) -> Iterable[bytes]:
+def _chunks(source: Source, wake: int) -> Generator[bytes, None, None]:
     if isinstance(source, bytes):
         for at in range(0, len(source), protocol.PAYLOAD_MAX):
             yield source[at : at + protocol.PAYLOAD_MAX]

@@ -305,11 +305,14 @@ class AgentSession:
             process = self._start(
                 guest_path, protocol.OP_PUT, fields, files.entries(fd, totals), None, errors, 30.0
             )
-            status = process.wait()
+            try:
+                status = process.wait()
+            finally:
+                process.join_input()
         finally:
             os.close(fd)
-        if process.output_error is not None:
-            raise process.output_error
+        if process.input_error is not None:
+            raise process.input_error
         if status.exit_code:
             raise _copy_error(f"copying to {guest_path}", errors)
         return totals

@@ -11,10 +11,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from vmrun.control import runtime
 from vmrun.errors import EXIT_VMM, UserError
+
+if TYPE_CHECKING:
+    from subprocess import Popen
 
 
 class Detached:
@@ -117,12 +120,16 @@ def start(vmm: Callable[[Detached], tuple[int, str]], describe: Callable[[Except
 class Owned:
     """A machine that ends with this object, at the latest with this process. A context manager.
 
-    `pidfd` is readable when the VMM has ended.
+    `pidfd` is readable when the VMM has ended. `reaper`, if there is one, knows the process too and reaps it.
     """
 
-    def __init__(self, pid: int, pidfd: int, owner_fd: int, pipe: IO[bytes]) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, owner_fd: int, pipe: IO[bytes], reaper: "Popen[bytes] | None" = None
+    ) -> None:
         self.pid = pid
         self.pidfd = pidfd
+        self.cpu_seconds = 0.0  # of the VMM and its workers, once it is closed
+        self._reaper = reaper
         self.name = ""
         self._owner_fd = owner_fd
         self._pipe = pipe
@@ -158,7 +165,11 @@ class Owned:
             os.close(self._owner_fd)
             self._owner_fd = -1
             self._pipe.close()
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+            if self._reaper is None:
+                _, _, usage = os.wait4(self.pid, 0)
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+            else:
+                self._reaper.wait()
             os.close(self.pidfd)
 
     def __enter__(self) -> "Owned":

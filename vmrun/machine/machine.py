@@ -235,7 +235,7 @@ class Machine:
             vm.set_tss_address(layout.KVM_TSS)
             if self._software_kvm:
                 prepare_vm(vm)
-            # Memory first: once there are interrupt controllers, KVM waits 4 ms for an RCU grace period there.
+            # Memory first: once there are interrupt controllers, it waits 4 ms for an RCU grace period.
             self.ram.plug_into(vm)
             if self._flash is not None:
                 self._flash.plug_into(vm, len(self.ram.memory.regions))

@@ -117,7 +117,8 @@ void family_kill(pid_t pid, const char *cgroup, int number)
 		kill(pid, number);
 }
 
-static void sweep_cgroups(bool kill_too)
+/* No command of this session has a cgroup yet, or has one any more. */
+static void sweep_cgroups(void)
 {
 	DIR *directory = settings.cgroup ? opendir(settings.cgroup) : NULL;
 	struct dirent *entry;
@@ -129,10 +130,8 @@ static void sweep_cgroups(bool kill_too)
 
 		if (strncmp(entry->d_name, prefix, strlen(prefix)))
 			continue;
-		if (kill_too) {
-			snprintf(path, sizeof path, "%s/%s/cgroup.kill", settings.cgroup, entry->d_name);
-			write_file(path, "1");
-		}
+		snprintf(path, sizeof path, "%s/%s/cgroup.kill", settings.cgroup, entry->d_name);
+		write_file(path, "1");
 		snprintf(path, sizeof path, "%s/%s", settings.cgroup, entry->d_name);
 		rmdir(path); /* EBUSY while anything runs in it: the next time, then */
 	}
@@ -143,7 +142,7 @@ static void sweep_cgroups(bool kill_too)
 void family_kill_orphans(const pid_t *kept, int count)
 {
 	if (settings.cgroup) {
-		sweep_cgroups(true);
+		sweep_cgroups();
 		return;
 	}
 	kill_below(getpid(), kept, count, SIGKILL);
@@ -175,11 +174,9 @@ bool cgroup_make(char *path, size_t size, bool kept)
 
 void cgroup_remove(const char *path)
 {
-	if (!path[0])
-		return;
-	if (rmdir(path) < 0)
-		return;
-	sweep_cgroups(false);
+	/* What a command left behind may live on in it, until the session's end. */
+	if (path[0] && rmdir(path) < 0 && errno != EBUSY)
+		say("cannot remove %s: %s", path, strerror(errno));
 }
 
 static uint32_t counter(const char *path, const char *name)

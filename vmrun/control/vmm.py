@@ -1,0 +1,137 @@
+"""A machine's process, for a program that owns the machine: what is asked of it, and the two ways to start it.
+The owner's process, and the VMM's.
+
+A command forks, which costs nothing. A program with threads may not (they would vanish with whatever they
+have locked), and starts a fresh interpreter that is told the same as JSON.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmrun.control.detach import Detached, Owned, start_owned
+from vmrun.errors import EXIT_VMM, UserError
+from vmrun.machine.config import MachineConfig
+
+if TYPE_CHECKING:
+    from vmrun.machine.config import NicConfig
+
+# What the fresh interpreter executes; no file of the user's gets in between.
+STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main; main()"
+
+
+@dataclass(frozen=True, slots=True)
+class VmmRequest:
+    """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
+    disks, whose writes are thrown away, and cards, unless `nics` are others. `timeout` is in seconds.
+    """
+
+    config: MachineConfig | None = None
+    snapshot: Path | None = None
+    nics: "tuple[NicConfig, ...]" = ()
+    name: str | None = None
+    timeout: float | None = None
+
+    def run(self, starter: Detached) -> tuple[int, str]:
+        """In the machine's process: its exit code, and why. Raises as `session.run`."""
+        from vmrun.control import session
+
+        if self.snapshot is None:
+            if self.config is None:
+                raise UserError("neither a configuration nor a snapshot to start", EXIT_VMM)
+            outcome = session.run(self.config, name=self.name, timeout=self.timeout, starter=starter)
+            return outcome.code, outcome.reason
+        from vmrun.snapshot.restore import Snapshot
+
+        with Snapshot(self.snapshot) as saved:
+            config = saved.config(nics=self.nics, throw_away=True)
+            outcome = session.run(config, name=self.name, timeout=self.timeout, starter=starter, saved=saved)
+        return outcome.code, outcome.reason
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON has it."""
+        from vmrun.machine.config_json import describe_config
+
+        carrier = MachineConfig(nics=self.nics)
+        return {
+            "config": None if self.config is None else describe_config(self.config),
+            "snapshot": None if self.snapshot is None else os.fspath(self.snapshot),
+            "nics": describe_config(carrier)["nics"],
+            "name": self.name,
+            "timeout": self.timeout,
+        }
+
+
+def parse_request(described: dict[str, Any]) -> VmmRequest:
+    """Of another process of ours, so nothing is checked."""
+    from vmrun.machine.config_json import parse_config
+
+    config, snapshot = described["config"], described["snapshot"]
+    return VmmRequest(
+        None if config is None else parse_config(config),
+        None if snapshot is None else Path(snapshot),
+        parse_config({"nics": described["nics"]}).nics,
+        described["name"],
+        described["timeout"],
+    )
+
+
+def fork(request: VmmRequest) -> Owned:
+    """Start the machine from a process without threads; returns at once."""
+    from vmrun.cli import one_line
+
+    return start_owned(request.run, one_line)
+
+
+def spawn(request: VmmRequest) -> Owned:
+    """The same from any process, some 50 ms later."""
+    import subprocess
+
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    owned_end, owner_end = os.pipe2(os.O_CLOEXEC)
+    stub = STUB.format(path=[each for each in sys.path if each])
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", stub, str(write_end), str(owned_end)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=(write_end, owned_end),
+            start_new_session=True,
+        )
+    except BaseException:
+        os.close(read_end)
+        os.close(owner_end)
+        raise
+    finally:
+        os.close(write_end)
+        os.close(owned_end)
+    owned = Owned(process.pid, os.pidfd_open(process.pid), owner_end, os.fdopen(read_end, "rb"), process)
+    if process.stdin is not None:
+        try:
+            with process.stdin:
+                process.stdin.write(json.dumps(request.describe()).encode())
+        except BrokenPipeError:
+            pass  # it died; what it says, or not, is heard soon
+    return owned
+
+
+def main() -> None:
+    """What the fresh interpreter does. Never returns."""
+    from vmrun.cli import one_line
+
+    starter = Detached(int(sys.argv[1]), int(sys.argv[2]))
+    for fd in (int(sys.argv[1]), int(sys.argv[2])):
+        os.set_inheritable(fd, False)
+    code = EXIT_VMM
+    try:
+        try:
+            code, reason = parse_request(json.load(sys.stdin)).run(starter)
+        except Exception as error:
+            code, reason = error.code if isinstance(error, UserError) else EXIT_VMM, one_line(error)
+        starter.tell({"code": code, "reason": reason})
+    finally:
+        os._exit(code)
