@@ -8,6 +8,7 @@ EXIT_NO_KVM = 65  # /dev/kvm is missing, not ours to open, or too old
 EXIT_IMAGE = 66  # a disk, kernel or initramfs is missing, damaged, locked, or not what it should be
 EXIT_PANIC = 67  # the guest kernel panicked or its CPU triple-faulted
 EXIT_TIMEOUT = 68  # --timeout ran out
+EXIT_GUEST_MEMORY = 69  # `vmrun run`: the guest killed the command, or something of it, for want of memory
 EXIT_VMM = 70  # vmrun itself, a worker or the host failed
 
 

@@ -6,7 +6,8 @@ it does ends in one call of `on_failure`, and every wait has an end.
 
 A back end that keeps its requests in flight in a shared buffer (INFLIGHT_SHMFD) can be replaced by `restart`.
 Until then the guest sees a slow device: configuration comes from the copy, kicks stay in their eventfds, and
-what the driver sets up is kept here.
+what the driver sets up is kept here. So a device may also be born without a back end, and be saved and
+loaded like that: the first one comes by `restart`.
 
 A pause asks where each ring stands (GET_VRING_BASE), which the back end answers when the ring is quiet and
 all it took is answered. From these positions and an empty in-flight buffer this back end goes on, or the one
@@ -100,11 +101,15 @@ class VhostUserDevice:
     them through. `timeout` bounds each request, a reset included, in which the back end finishes the I/O it
     has begun. `wait_for_end` returns when the process of a back end that has failed is gone: only then is
     the memory its rings were in the guest's again. `lazy` fills memory while it is used.
+
+    Without `sock` the device has all of `features_mask` until a back end comes, which must have them too.
+    `config` is the configuration of a device type whose back ends have none to give (virtio-fs): no driver
+    can write it.
     """
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: socket.socket | None,
         *,
         name: str,
         device_id: int,
@@ -117,6 +122,8 @@ class VhostUserDevice:
         timeout: float = 10.0,
         wait_for_end: Callable[[], None] = lambda: None,
         lazy: LazyMemory | None = None,
+        config: bytes | None = None,
+        protocol_features: int = WANTED_PROTOCOL_FEATURES,
     ) -> None:
         self.name = name
         self.device_id = device_id
@@ -125,17 +132,21 @@ class VhostUserDevice:
         self._memory = memory
         self._board = board
         self._on_failure = on_failure
+        if config is not None:
+            config_size = len(config)
         self._config_size = CONFIG_SIZES.get(device_id, 0) if config_size is None else config_size
-        self._config = b""
+        self._own_config = config
+        self._config = config or b""
         self._config_stale = True
         self._config_generation = 0
         self._timeout = timeout
         self._wait_for_end = wait_for_end
         self._lazy = lazy
         self._session = threading.Lock()
-        self._connection = Connection(sock, timeout)
+        self._connection = Connection(sock or socket.socket(socket.AF_UNIX), timeout)
         self._requests: Channel | None = None
         self._session_bit = 0
+        self._wanted_protocol_features = protocol_features
         self._protocol_features = 0
         self._state = threading.Lock()
         self._failed = False  # this back end; another may come
@@ -157,6 +168,11 @@ class VhostUserDevice:
                 raise ProtocolError(
                     f"{len(memory.regions)} memory regions; {MAX_MEM_TABLE_REGIONS} is the most"
                 )
+            if sock is None:
+                self._connection.close()
+                self._failed = True
+                self.features = features_mask
+                return
             self.features = self._handshake() & features_mask & ~VHOST_USER_F_PROTOCOL_FEATURES
             self._fetch_config()
         except (EOFError, OSError, ProtocolError) as error:
@@ -298,7 +314,7 @@ class VhostUserDevice:
 
     def restart(self, sock: socket.socket) -> None:
         """Go on with another back end, at the other end of `sock` (owned from now on), where the one that
-        failed and is gone left off.
+        failed and is gone left off; or with the first one.
 
         Waits for the back end, so not for the main loop. Raises ProtocolError when this one is unfit too;
         `on_failure` is not called for it.
@@ -374,7 +390,7 @@ class VhostUserDevice:
         features = connection.ask_u64(Request.GET_FEATURES)
         protocol_features = 0
         if features & VHOST_USER_F_PROTOCOL_FEATURES:
-            wanted = WANTED_PROTOCOL_FEATURES
+            wanted = self._wanted_protocol_features
             if self._lazy is not None:
                 wanted |= ProtocolFeature.PAGEFAULT
             protocol_features = connection.ask_u64(Request.GET_PROTOCOL_FEATURES) & wanted
@@ -392,7 +408,7 @@ class VhostUserDevice:
             self._requests = Channel(ours)
             with theirs:
                 connection.set(Request.SET_BACKEND_REQ_FD, fds=(theirs.fileno(),))
-        if not protocol_features & ProtocolFeature.CONFIG:
+        if not protocol_features & ProtocolFeature.CONFIG and self._own_config is None:
             self._config_size = 0
         return features
 
@@ -520,8 +536,8 @@ class VhostUserDevice:
 
     def _fetch_config(self) -> None:
         generation = self._config_generation
-        config = b""
-        if self._config_size:
+        config = self._own_config or b""
+        if self._config_size and self._own_config is None:
             # All of it, from the beginning: QEMU's back ends do not look at the offset.
             request = CONFIG.pack(0, self._config_size, 0) + bytes(self._config_size)
             reply = self._connection.ask(Request.GET_CONFIG, request)
@@ -534,6 +550,8 @@ class VhostUserDevice:
             self._config_stale = generation != self._config_generation
 
     def _store_config(self, offset: int, data: bytes) -> None:
+        if self._own_config is not None:
+            return
         try:
             self._connection.set(Request.SET_CONFIG, CONFIG.pack(offset, len(data), CONFIG_BY_DRIVER) + data)
         except Refused:

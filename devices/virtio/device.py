@@ -17,6 +17,7 @@ VIRTIO_ID_BLOCK = 2
 VIRTIO_ID_CONSOLE = 3
 VIRTIO_ID_ENTROPY = 4
 VIRTIO_ID_SCSI = 8
+VIRTIO_ID_FS = 26
 
 # Device-independent feature bits, virtio 1.2 chapter 6.
 VIRTIO_F_NOTIFY_ON_EMPTY = 1 << 24

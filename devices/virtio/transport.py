@@ -34,6 +34,7 @@ from devices.virtio.device import (
     VIRTIO_ID_BLOCK,
     VIRTIO_ID_CONSOLE,
     VIRTIO_ID_ENTROPY,
+    VIRTIO_ID_FS,
     VIRTIO_ID_NET,
     VIRTIO_ID_SCSI,
     ActiveDriver,
@@ -66,6 +67,7 @@ CLASS_CODES = {
     VIRTIO_ID_CONSOLE: 0x078000,  # other communication controller
     VIRTIO_ID_ENTROPY: 0x00FF00,  # unclassified
     VIRTIO_ID_SCSI: 0x010000,
+    VIRTIO_ID_FS: 0x018000,  # other mass storage controller
 }
 CLASS_UNASSIGNED = 0xFF0000
 

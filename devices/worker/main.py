@@ -19,7 +19,8 @@ Kinds and their other words:
           need: clients broadcast their requests, and find the host by ARP before they send it anything else.
 
 Any kind: parent=PID, the process to die with; userfault=FD, an open /dev/userfaultfd, for guest memory that
-is filled while it is used (devices.pager).
+is filled while it is used (devices.pager); memory=BYTES, how much guest memory it will be given, so that it
+can take no more; quota=BYTES, how large its image may grow: a write beyond fails.
 
 A worker that fails says so in one line on stderr and exits with EXIT_FAILURE, or EXIT_IMAGE when its disk
 image is to blame. With VMRUN_DEBUG in the environment it also says what the sandbox could not do, and shows
@@ -122,7 +123,19 @@ class Complaint:
 class Options:
     """The command line, checked."""
 
-    __slots__ = ("backing", "channel", "fd", "journal", "kind", "name", "parent", "userfault", "words")
+    __slots__ = (
+        "backing",
+        "channel",
+        "fd",
+        "journal",
+        "kind",
+        "memory",
+        "name",
+        "parent",
+        "quota",
+        "userfault",
+        "words",
+    )
 
     def __init__(self, arguments: list[str]) -> None:
         """Raises ValueError, naming the word that is wrong."""
@@ -140,6 +153,8 @@ class Options:
         self.parent = self._number("parent") if "parent" in self.words else None
         self.journal = self._number("journal") if "journal" in self.words else None
         self.userfault = self._number("userfault") if "userfault" in self.words else None
+        self.memory = self._number("memory") if "memory" in self.words else None
+        self.quota = self._number("quota") if "quota" in self.words else None
         self.backing: list[tuple[str, int]] = []
         if "backing" in self.words:
             for index, fmt in enumerate(self.words["backing"].split(",")):
@@ -239,7 +254,12 @@ def serve(options: Options, complaint: Complaint) -> None:
     if options.words.get("zstd") == "1":
         zstd.load()
     own = (uffd,) if uffd >= 0 else ()
-    refused = sandbox.enter((0, 1, 2, sock.fileno(), *own, *options.fds), options.parent)
+    refused = sandbox.enter(
+        (0, 1, 2, sock.fileno(), *own, *options.fds),
+        options.parent,
+        memory=options.memory,
+        quota=options.quota,
+    )
     if complaint.debug:
         for layer, why in refused:
             complaint.say(f"sandbox without {layer}: {why}")

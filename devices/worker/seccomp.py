@@ -1,5 +1,5 @@
 """The system calls a worker may make: one table with a reason for each, and its seccomp filter. Worker
-process.
+process; the VMM's filter is assembled here too, from a table of its own.
 
 The filter is classic BPF, assembled by hand because a worker sees no site-packages and the list is short
 (seccomp(2), Documentation/userspace-api/seccomp_filter.rst). x86-64 only. Four verdicts:
@@ -69,7 +69,7 @@ class Condition:
 
 
 class Allow:
-    """A system call a worker needs, and what for. Without its `condition` it is EPERM."""
+    """A system call a process needs, and what for. Without its `condition` it is EPERM."""
 
     __slots__ = ("condition", "name", "number", "reason")
 
@@ -249,7 +249,9 @@ def _allow(entry: Allow) -> bytes:
     return _instruction(BPF_JMP_JEQ_K, entry.number, 0, len(test) // _sock_filter.size) + test
 
 
-def assemble(allowed: tuple[Allow, ...] = ALLOWED) -> bytes:
+def assemble(
+    allowed: tuple[Allow, ...] = ALLOWED, absent: tuple[tuple[str, int, int], ...] = ABSENT
+) -> bytes:
     """The filter as an array of struct sock_filter."""
     kill = _instruction(BPF_RET_K, SECCOMP_RET_KILL_PROCESS)
     program = [
@@ -261,7 +263,7 @@ def assemble(allowed: tuple[Allow, ...] = ALLOWED) -> bytes:
         kill,  # and so have the x32 calls
     ]
     program += [_allow(entry) for entry in allowed]
-    program += [_verdict(number, SECCOMP_RET_ERRNO | error) for _, number, error in ABSENT]
+    program += [_verdict(number, SECCOMP_RET_ERRNO | error) for _, number, error in absent]
     program += [_verdict(number, SECCOMP_RET_KILL_PROCESS) for _, number in FATAL]
     program.append(_instruction(BPF_RET_K, SECCOMP_RET_ERRNO | EPERM))
     return b"".join(program)

@@ -62,7 +62,7 @@ def talk(path: Path) -> None:
             process = guest.exec(["stty", "size"], tty=(33, 99), stdout=capture, timeout=60)
             assert process.wait(60).code == 0
             assert capture.data.strip() == b"33 99"
-            process = guest.exec(["cat"], stdin=iter(lambda: b"", None), timeout=60)
+            process = guest.exec(["sleep", "100000"], timeout=60)
             process.signal(signal.SIGTERM)
             assert process.wait(60).signal == signal.SIGTERM
             guest.poweroff(timeout=60)

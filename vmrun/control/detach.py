@@ -9,6 +9,7 @@ in the other direction, whose end tells the VMM that its owner is gone, whatever
 
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
@@ -158,6 +159,12 @@ class Owned:
             return {"code": EXIT_VMM, "reason": "the machine's process died"}
         message: dict[str, Any] = json.loads(line)
         return message
+
+    def alive(self) -> bool:
+        """Whether the VMM has not ended."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
 
     def close(self) -> None:
         """Have the machine ended, if it runs, and wait for that."""

@@ -65,7 +65,7 @@ def find_or_make(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def remove(name: str) -> bool:
-    """Remove the finished directory `name`, or say False when there is none. Who has its files open keeps them.
+    """Remove the finished directory `name`, or say False when there is none. Open files of it stay usable.
 
     It goes as it came: at once, by a rename, so that nobody finds half of it.
     """
@@ -81,6 +81,24 @@ def remove(name: str) -> bool:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return True
+
+
+@contextmanager
+def scratch(kind: str) -> Iterator[Path]:
+    """An empty directory that is gone afterwards; after kill -9, when the next thing is made here."""
+    root = directory()
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(root)
+    name = f"{kind}-{os.urandom(6).hex()}"
+    with _lock(root, name):
+        try:
+            made = Path(tempfile.mkdtemp(prefix=f"{name}{_UNFINISHED}", dir=root))
+            try:
+                yield made
+            finally:
+                shutil.rmtree(made, ignore_errors=True)
+        finally:
+            (root / f"{name}.lock").unlink(missing_ok=True)
 
 
 @contextmanager

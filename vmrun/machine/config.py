@@ -9,6 +9,7 @@ from pathlib import Path
 from vmrun.errors import UserError
 
 MIB = 1 << 20
+MAX_TAG = 36  # bytes; virtio 1.2, 5.11.4
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,24 @@ class NicConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """A directory of the host's that the guest may mount, as the virtiofs of name `tag`: 1 to 36 bytes of
+    UTF-8.
+
+    `host` None is a place for one: the device is there, and the guest's mount(2) would wait. A machine made
+    of this one's snapshot may have a directory there.
+    """
+
+    host: Path | None
+    tag: str
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.tag.encode()) <= MAX_TAG or not self.tag.isprintable():
+            raise UserError(f"a mount's tag is 1 to {MAX_TAG} bytes of printable text, not {self.tag!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class MachineConfig:
     """`memory` is in bytes. `kernel` None means the guest kit's, unless there is `firmware`, which then looks
     for something to boot itself. `name` stands in messages.
@@ -88,6 +107,7 @@ class MachineConfig:
     cmdline: str | None = None
     disks: tuple[DiskConfig | VhostUserDisk, ...] = field(default=())
     nics: tuple[NicConfig, ...] = field(default=())
+    mounts: tuple[Mount, ...] = field(default=())
     cdrom: Path | None = None
     firmware: Path | None = None
     legacy_virtio: bool = False
@@ -102,6 +122,10 @@ class MachineConfig:
             raise UserError(f"--mem: {self.memory} bytes is not a whole number of pages of at least 2 MiB")
         if self.firmware is not None and (self.kernel or self.initrd or self.cmdline is not None):
             raise UserError("--firmware finds what to boot itself: leave out --kernel, --initrd and --append")
+        if len({mount.tag for mount in self.mounts}) < len(self.mounts):
+            raise UserError("each mount needs a tag of its own")
+        if self.mounts and self.legacy_virtio:
+            raise UserError("virtiofs is younger than what --legacy-virtio shows: leave out one of them")
         roms = {nic.rom for nic in self.nics}
         if roms != {None} and self.nics:
             if self.firmware is None:

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vmrun.machine.config import DiskConfig, MachineConfig, NicConfig, VhostUserDisk
+from vmrun.machine.config import DiskConfig, MachineConfig, Mount, NicConfig, VhostUserDisk
 
-PATHS = ("path", "backing", "kernel", "initrd", "cdrom", "firmware", "rom")
+PATHS = ("path", "backing", "kernel", "initrd", "cdrom", "firmware", "rom", "host")
 NOT_TOLD = ("overlay",)  # a descriptor, which means nothing elsewhere
 TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -30,7 +30,7 @@ def describe_config(config: MachineConfig) -> dict[str, Any]:
     return _describe(config)
 
 
-def _describe(part: MachineConfig | DiskConfig | VhostUserDisk | NicConfig) -> dict[str, Any]:
+def _describe(part: MachineConfig | DiskConfig | VhostUserDisk | NicConfig | Mount) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for each in fields(part):
         if each.name in NOT_TOLD:
@@ -54,7 +54,10 @@ def parse_config(described: object) -> MachineConfig:
     keys = _dict(described, "a configuration")
     disks = [_parse_disk(each) for each in _list(keys.pop("disks", []))]
     nics = [NicConfig(**_parse(NicConfig, _dict(each, "a nic"))) for each in _list(keys.pop("nics", []))]
-    return MachineConfig(**_parse(MachineConfig, keys), disks=tuple(disks), nics=tuple(nics))
+    mounts = [Mount(**_parse(Mount, _dict(each, "a mount"))) for each in _list(keys.pop("mounts", []))]
+    return MachineConfig(
+        **_parse(MachineConfig, keys), disks=tuple(disks), nics=tuple(nics), mounts=tuple(mounts)
+    )
 
 
 def _parse_disk(described: object) -> DiskConfig | VhostUserDisk:
@@ -98,5 +101,5 @@ def _dict(value: object, what: str) -> dict[str, Any]:
 
 def _list(value: object) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("disks and nics are lists")
+        raise ValueError("disks, nics and mounts are lists")
     return value

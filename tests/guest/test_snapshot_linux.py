@@ -1,0 +1,269 @@
+"""Linux guests that are paused, saved, restored and cloned in the middle of their work.
+
+The guest is the kit's, on a qcow2 root disk, with a card, a disc and two CPUs; in place of a shell it runs
+snapshot_load.c, which hashes memory on each CPU, writes blocks and reads them back, and exchanges packets with
+the host, and counts what is wrong. It boots once, and every test goes on from the snapshots made there: one
+while it rests, one while it works.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+from tests.guest.conftest import Build
+from vmrun.control import runtime
+from vmrun.control.client import MachineClient
+from vmrun.guestkit import kit
+
+pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+
+PROGRAM = Path(__file__).with_name("snapshot_load.c")
+MIB = 1 << 20
+ANSWER_SECONDS = 120.0
+BOOT_SECONDS = 400.0
+CPUS = 2
+MAC = "52:54:00:12:34:56"
+HOST, GUEST, PORT = "10.88.0.1", "10.88.0.2", 7777
+NIC = f"tap0,ip={HOST}/24,mac={MAC}"
+DISC = bytes(range(256)) * 2048
+# A disk may have 16 files below it, and each snapshot that a machine goes on from adds one.
+GENERATIONS = 12
+
+
+def vmrun(*arguments: str | Path, inside: tuple[str, ...] = ()) -> str:
+    command = [*inside, sys.executable, "-m", "vmrun", *map(str, arguments)]
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, f"{command[3:]}: {result.stderr}"
+    return result.stdout
+
+
+class Guest:
+    """A running machine and its console. A context manager that ends it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.said = ""
+        with MachineClient(name) as machine:
+            self._console = machine.console()
+        self._console.settimeout(ANSWER_SECONDS)
+        self._questions = 0
+
+    def until(self, pattern: str, seconds: float = ANSWER_SECONDS) -> re.Match[str]:
+        """Read on until it has said `pattern`, which is forgotten with all before it."""
+        deadline = time.monotonic() + seconds
+        while (found := re.search(pattern, self.said)) is None:
+            self._console.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                data = self._console.recv(65536)
+            except TimeoutError:
+                data = b""
+            assert data, f"{self.name} does not say {pattern!r}: {self.said[-2000:]}\n{self.log()}"
+            self.said += data.decode(errors="replace").replace("\r", "")
+        self.said = self.said[found.end() :]
+        return found
+
+    def log(self) -> str:
+        return vmrun("log", self.name, "--vmm")
+
+    def ask(self, command: str) -> str:
+        """What comes behind the word that only this answer has."""
+        self._questions += 1
+        word = f"{self.name}.{self._questions}"
+        self._console.sendall(f"{command} {word}\n".encode())
+        return self.until(rf"{command} {re.escape(word)}(.*)\n")[1].strip()
+
+    def status(self) -> dict[str, str]:
+        return dict(pair.split("=") for pair in self.ask("status").split())
+
+    def works(self) -> None:
+        """Everything in it goes on from here: both CPUs, the disk, the card (if the host answers)."""
+        before = self.status()
+        keys = ["writes", "reads", *(f"cpu{cpu}" for cpu in range(CPUS))]
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while any(int((now := self.status())[key]) <= int(before[key]) for key in keys):
+            assert time.monotonic() < deadline, f"{before} {now}"
+        nothing_is_wrong(now)
+
+    def hears(self) -> None:
+        """It gets packets."""
+        before = int(self.status()["received"])
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while int((now := self.status())["received"]) <= before + 5:
+            assert time.monotonic() < deadline, now
+
+    def end(self, load: Path) -> None:
+        """Have it look through everything, shut down, and compare its memory with what it should be."""
+        with MachineClient(self.name) as machine:
+            self._questions += 1
+            self._console.sendall(f"end last{self._questions}\n".encode())
+            self.until(r"status last\S+ ")
+            nothing_is_wrong(dict(pair.split("=") for pair in self.until(r"(.*)\n")[1].split()))
+            for cpu in range(CPUS):
+                rounds, found = self.until(rf"memory {cpu} (\d+) (\w+)\n").groups()
+                expected = subprocess.run(
+                    [load, str(cpu), rounds], capture_output=True, text=True, check=True, timeout=300
+                ).stdout
+                assert found == expected.strip(), f"CPU {cpu} after {rounds} rounds"
+            assert machine.wait(ANSWER_SECONDS).code == 0
+        self._console.close()
+
+    def inspect(self) -> dict[str, Any]:
+        with MachineClient(self.name) as machine:
+            return machine.inspect()
+
+    def __enter__(self) -> "Guest":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._console.close()
+        pid = runtime.running().get(self.name)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+
+
+def nothing_is_wrong(status: dict[str, str]) -> None:
+    wrong = {key: status[key] for key in ("bad", "failures", "doubled", "corrupt") if status[key] != "0"}
+    assert not wrong, status
+
+
+class Echo:
+    """The host's end: sends packets back, and packets of its own. A context manager, of a thread that lives
+    in the network namespace of whoever makes it.
+    """
+
+    def __init__(self, address: str = GUEST) -> None:
+        self._sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._sock.bind(("", PORT))
+        self._sock.settimeout(0.05)
+        self._guest = (address, PORT)
+        self._over = threading.Event()
+        self.numbers: list[int] = []
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        number = 0
+        while not self._over.is_set():
+            number += 1
+            try:
+                self._sock.sendto(packet(b"h", number), self._guest)
+            except OSError:
+                pass  # there is no such network just now
+            try:
+                data, sender = self._sock.recvfrom(2048)
+                self.numbers.append(int.from_bytes(data[8:16], "little"))
+                self._sock.sendto(data, sender)
+            except OSError:
+                pass
+
+    def __enter__(self) -> "Echo":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        self._sock.close()
+
+
+def packet(kind: bytes, number: int) -> bytes:
+    """snapshot_load.c's struct packet."""
+    kind_of = int.from_bytes(kind, "little")
+    words = [kind_of, number]
+    words += [((number + word) * 0x9E3779B97F4A7C15 % (1 << 64)) ^ kind_of for word in range(30)]
+    return b"".join(word.to_bytes(8, "little") for word in words)
+
+
+@pytest.fixture(scope="module")
+def load(static_program: Build) -> Path:
+    return static_program([PROGRAM], "snapshot_load")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory for disks and snapshots, and machines of our own."""
+    path = tmp_path_factory.mktemp("snapshots")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VMRUN_RUNTIME", str(path / "run"))
+        patch.setenv("TMPDIR", str(path))
+        yield path
+        for pid in runtime.running().values():
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def saved(place: Path, guest_kit: kit.GuestKit, load: Path) -> dict[str, Path]:
+    """The snapshots: "resting" and "working"."""
+    raw, disk, iso = place / "disk.raw", place / "disk.qcow2", place / "disc.iso"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", guest_kit.disk, raw], check=True)
+    edits = f"write {load} /bin/load\nset_inode_field /bin/load mode 0100755\n"
+    subprocess.run(["debugfs", "-w", "-f", "/dev/stdin", raw], input=edits, text=True, check=True)
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, disk], check=True)
+    raw.unlink()
+    iso.write_bytes(DISC)
+    parameters = f"{guest_kit.disk_cmdline} vmrun.run=/bin/load vmrun.ip={GUEST}/24"
+    machine = ("boot", "-d", "--name", "booted", "--disk", disk, "--cdrom", iso, "--cpus", CPUS, "--nic", NIC)
+    vmrun(*map(str, machine), "--append", parameters, inside=("unshare", "-n"))
+    paths = {name: place / name for name in ("resting", "working")}
+    with Guest("booted") as guest:
+        guest.until(rf"load: ready, {CPUS} CPUs", BOOT_SECONDS)
+        guest.works()
+        guest.ask("rest")
+        vmrun("snapshot", "booted", paths["resting"])
+        guest.ask("work")
+        guest.works()
+        vmrun("snapshot", "booted", paths["working"], "--stop")
+    return paths
+
+
+def restore(directory: Path, name: str, *arguments: str) -> Guest:
+    assert vmrun("restore", directory, "-d", "--name", name, *arguments).strip() == name
+    return Guest(name)
+
+
+def check_disk(path: Path) -> None:
+    """Its tables are in order, and the file system on it is."""
+    result = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    raw = path.with_suffix(".raw")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", path, raw], check=True)
+    result = subprocess.run(["e2fsck", "-fn", raw], capture_output=True, text=True, check=False)
+    raw.unlink()
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.usefixtures("network_namespace")
+@pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_pausing_under_load(saved: dict[str, Path], place: Path, load: Path, cycles: int) -> None:
+    with Echo() as echo, restore(saved["working"], f"paused{cycles}") as guest:
+        guest.hears()
+        with MachineClient(guest.name) as machine:
+            for cycle in range(cycles):
+                machine.pause()
+                machine.resume()
+                # It gets somewhere between two: now and then far, mostly a few instructions.
+                if cycle % 50 == 0:
+                    guest.works()
+        guest.works()
+        guest.hears()
+        guest.end(load)
+        assert len(set(echo.numbers)) == len(echo.numbers) > 10
+    check_disk(place / f"disk.1.paused{cycles}.qcow2")

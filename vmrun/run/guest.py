@@ -1,0 +1,93 @@
+"""The machine of a sandbox: its configuration, and the way to the agent in it. Owner's process.
+
+Any image boots so, without containing anything of ours: the agent is /init of an initramfs that mounts the
+first disk and stays PID 1 above it (vmrun.guestkit.guest_agent).
+"""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmrun.agent.protocol import AgentGone
+from vmrun.agent.session import AgentSession
+from vmrun.control import runtime
+from vmrun.control.detach import Owned
+from vmrun.errors import EXIT_IMAGE, EXIT_VMM, UserError
+from vmrun.guestkit.guest_agent import GuestAgent
+from vmrun.guestkit.guest_agent import find as find_agent
+from vmrun.guestkit.kit import GuestKit
+from vmrun.guestkit.kit import find as find_kit
+from vmrun.image.config import Image
+from vmrun.machine.config import DiskConfig, MachineConfig
+from vmrun.run.spec import SandboxSpec
+
+BOOT_SECONDS = 120.0  # for a kernel whose instructions are interpreted, on a loaded host
+ANSWER_SECONDS = 30.0  # for an agent that was running when it was saved
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every sandbox needs besides its image."""
+
+    kit: GuestKit
+    agent: GuestAgent
+
+
+def find_parts() -> Parts:
+    """UserError when the guest kit is not built."""
+    kit = find_kit()
+    if kit is None:
+        raise UserError("no guest kit yet: run `vmrun guest build`", EXIT_IMAGE)
+    agent = find_agent()
+    if agent is None:
+        from vmrun.guestkit.guest_agent import build
+
+        agent = build()
+    return Parts(kit, agent)
+
+
+def machine_config(spec: SandboxSpec, image: Image, parts: Parts) -> MachineConfig:
+    """A machine that boots into the agent, with `image` as its root and what it writes thrown away."""
+    root = DiskConfig(
+        image.disk,
+        image.format,
+        backing=tuple(dict.fromkeys(path.parent for path in image.backing)),
+        throw_away=True,
+    )
+    words = [parts.kit.default_cmdline, "root=/dev/vda", f"rootfstype={image.file_system or 'ext4'}", "rw"]
+    return MachineConfig(
+        memory=spec.memory,
+        cpus=spec.cpus,
+        kernel=spec.kernel or parts.kit.kernel,
+        initrd=parts.agent.initramfs,
+        cmdline=" ".join(words),
+        disks=(root, *spec.disks),
+        nics=spec.nics,
+    )
+
+
+def connect(owned: Owned, seconds: float) -> AgentSession:
+    """A session with the agent of the machine. AgentGone when the machine ends instead, UserError when the agent
+    does not answer within `seconds`.
+    """
+    session = AgentSession(_connect(runtime.base_directory() / owned.name / runtime.AGENT))
+    try:
+        session.hello(seconds)
+    except TimeoutError:
+        session.close()
+        raise UserError(f"the agent in the guest does not answer within {seconds:g} s", EXIT_VMM) from None
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def _connect(path: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        # The runtime directory's path is short, or was made so (vmrun.control.runtime).
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise AgentGone(f"the machine is gone: {error.strerror}") from None
+    return sock

@@ -1,0 +1,291 @@
+"""A throw-away machine that runs commands: what `vmrun run` and Python programs use. Owner's process.
+
+    with Sandbox(image="debian.tar") as sandbox:
+        result = sandbox.run(["python3", "-c", "print(6 * 7)"], timeout=60)
+        assert result.exit_code == 0 and result.stdout == b"42\\n"
+
+The machine is in a process of its own, ends with this object, at the latest with this process, and leaves
+nothing. Methods may be called from any thread.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from vmrun.agent.files import Totals
+from vmrun.agent.process import Capture, Process
+from vmrun.agent.protocol import AgentGone, AgentRefused
+from vmrun.control import runtime, vmm
+from vmrun.control.client import MachineClient
+from vmrun.control.detach import Owned
+from vmrun.errors import EXIT_TIMEOUT, EXIT_VMM, UserError
+from vmrun.guestkit import cache
+from vmrun.guestkit.progress import Progress, Silent
+from vmrun.image import resolve
+from vmrun.image.config import ImageConfig
+from vmrun.machine.config import MIB, DiskConfig, NicConfig
+from vmrun.run import templates
+from vmrun.run.guest import ANSWER_SECONDS, BOOT_SECONDS, connect, find_parts, machine_config
+from vmrun.run.phases import Phases
+from vmrun.run.spec import DEFAULT_MEMORY, SandboxSpec
+
+if TYPE_CHECKING:
+    from vmrun.agent.process import Sink, Source
+
+T = TypeVar("T")
+Start = Callable[[vmm.VmmRequest], Owned]
+
+OUTPUT_LIMIT = 64 * MIB  # bytes of each stream that `run` keeps
+CONSOLE_BYTES = 4096  # of the console are told when a machine ends unasked
+END_SECONDS = 5.0  # between the end of a guest and that of its machine
+
+
+class SandboxEnded(UserError):
+    """The machine ended while something was to be done in it. `console` is what it printed last."""
+
+    def __init__(self, code: int, reason: str, console: str) -> None:
+        super().__init__(reason, code)
+        self.console = console
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How a command ended. `exit_code` is its own, or 128 and the signal's number, or 126 or 127 when it could
+    not be started (then `stderr` says why). `signal` is the one that killed it. `out_of_memory`: the guest had
+    too little memory for it. `cut`: it printed more than was kept. `seconds` is what it took.
+    """
+
+    exit_code: int
+    stdout: bytes = b""
+    stderr: bytes = b""
+    signal: int | None = None
+    out_of_memory: bool = False
+    cut: bool = False
+    seconds: float = 0.0
+
+    def check(self) -> "Result":
+        """Itself. UserError when the command failed."""
+        if self.exit_code:
+            said = self.stderr.decode("utf-8", "replace").strip().splitlines()
+            raise UserError(f"exit code {self.exit_code}" + (f": {said[-1]}" if said else ""), self.exit_code)
+        return self
+
+
+class CommandTimeout(UserError, TimeoutError):
+    """The command did not end in time, and was killed. `result` has what it had printed."""
+
+    def __init__(self, seconds: float, result: Result) -> None:
+        super().__init__(f"timed out after {seconds:g} s", EXIT_TIMEOUT)
+        self.result = result
+
+
+class Sandbox:
+    """A running machine made of `image`, by default the guest kit's root; docs/images.md tells what it may be.
+    A context manager.
+
+    `memory` is in bytes. `timeout` ends the machine after so many seconds. `fresh` boots it instead of using a
+    template. The constructor returns when commands can be run; the first one for an image takes as long as the
+    guest boots. Raises UserError and OSError.
+    """
+
+    def __init__(
+        self,
+        image: str | Path = "kit",
+        *,
+        kernel: Path | None = None,
+        memory: int = DEFAULT_MEMORY,
+        cpus: int = 1,
+        disks: Sequence[DiskConfig] = (),
+        nics: Sequence[NicConfig] = (),
+        timeout: float | None = None,
+        name: str | None = None,
+        fresh: bool = False,
+        progress: Progress | None = None,
+        phases: Phases | None = None,
+        start: Start = vmm.spawn,
+    ) -> None:
+        spec = SandboxSpec(os.fspath(image), kernel, memory, cpus, tuple(disks), tuple(nics), fresh)
+        teller = progress or Silent()
+        self.phases = phases or Phases()
+        with self.phases.phase("image"):
+            found = resolve(spec.image, teller)
+            parts = find_parts()
+        if fresh:
+            request = vmm.VmmRequest(config=machine_config(spec, found, parts), name=name, timeout=timeout)
+        else:
+            with self.phases.phase("template"):
+                key = templates.key(spec, found, parts)
+                template = templates.find_or_make(key, spec, found, parts, start, teller)
+            request = vmm.VmmRequest(snapshot=template.snapshot, nics=spec.nics, name=name, timeout=timeout)
+        self._nics = spec.nics
+        self._begin(request, start, found.config, BOOT_SECONDS if fresh else ANSWER_SECONDS)
+
+    def _begin(
+        self, request: vmm.VmmRequest, start: Start, image_config: ImageConfig, seconds: float
+    ) -> None:
+        self.image_config = image_config
+        self.cpu_seconds = 0.0  # of the host's, once it is closed; when it was forked
+        self._start = start
+        self._closed = False
+        with ExitStack() as stack:
+            with self.phases.phase("machine"):
+                self._owned = stack.enter_context(start(request))
+                self.name = self._owned.wait_until_running()
+            stack.callback(self._forget_logs)
+            with self.phases.phase("agent"):
+                self._session = self._in_guest(lambda: connect(self._owned, seconds))
+            stack.callback(self._session.close)
+            with self.phases.phase("time and entropy"):
+                # All machines of one template have the same random numbers until now.
+                self._in_guest(self._session.after_restore)
+            self._stack = stack.pop_all()
+
+    def _in_guest(self, do: Callable[[], T]) -> T:
+        """What `do` does with the agent. The machine's end, if that is why it fails, is a SandboxEnded."""
+        try:
+            return do()
+        except (AgentGone, UserError) as error:
+            ended = self._ending()
+            if ended is not None:
+                raise ended from None
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the agent in the guest is gone: {error}", EXIT_VMM) from None
+
+    def _ending(self) -> SandboxEnded | None:
+        deadline = time.monotonic() + END_SECONDS
+        while self._owned.alive():
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.01)
+        code, reason = self._owned.wait()
+        return SandboxEnded(code or EXIT_VMM, reason, self.console())
+
+    def console(self) -> str:
+        """What the guest printed on its console last."""
+        for directory in (self._runtime, self._kept_logs):
+            try:
+                text = (directory / runtime.CONSOLE_LOG).read_bytes()[-CONSOLE_BYTES:]
+            except OSError:
+                continue
+            return text.decode("utf-8", "replace")
+        return ""
+
+    @property
+    def _runtime(self) -> Path:
+        return runtime.base_directory() / self.name
+
+    @property
+    def _kept_logs(self) -> Path:
+        return runtime.base_directory() / runtime.ENDED / self.name
+
+    def _forget_logs(self) -> None:
+        shutil.rmtree(self._kept_logs, ignore_errors=True)
+
+    def run(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        timeout: float | None = None,
+        limit: int = OUTPUT_LIMIT,
+    ) -> Result:
+        """Run a command to its end. `limit` bytes of each of its streams are kept. CommandTimeout after
+        `timeout` seconds; SandboxEnded when the machine ends.
+        """
+        began = time.monotonic()
+        stdout, stderr = Capture(limit), Capture(limit)
+
+        def result(code: int, signal: int | None = None, out_of_memory: bool = False) -> Result:
+            cut = stdout.cut or stderr.cut
+            seconds = time.monotonic() - began
+            return Result(code, bytes(stdout.data), bytes(stderr.data), signal, out_of_memory, cut, seconds)
+
+        try:
+            process = self.exec(argv, env=env, cwd=cwd, user=user, stdin=input, stdout=stdout, stderr=stderr)
+        except AgentRefused as error:
+            stderr(f"{error}\n".encode())
+            return result(error.exit_code)
+        try:
+            status = self._in_guest(lambda: process.wait(timeout))
+        except TimeoutError:
+            process.kill()
+            process.ended(END_SECONDS)
+            raise CommandTimeout(timeout or 0.0, result(EXIT_TIMEOUT)) from None
+        return result(status.exit_code, status.signal, status.out_of_memory)
+
+    def exec(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        tty: tuple[int, int] | None = None,
+        stdin: "Source" = None,
+        stdout: "Sink" = None,
+        stderr: "Sink" = None,
+    ) -> Process:
+        """Start a command, and return when it has started: see `vmrun.agent.session.AgentSession.exec`. What the
+        image says of environment, directory and user counts where nothing else is said. AgentRefused when the
+        guest cannot start it.
+        """
+        wanted = self.image_config
+        return self._in_guest(
+            lambda: self._session.exec(
+                argv,
+                env={**wanted.env, **(env or {})},
+                cwd=cwd or wanted.workdir or None,
+                user=user or wanted.user or None,
+                tty=tty,
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+            )
+        )
+
+    def copy_in(self, host_path: str | Path, guest_path: str) -> Totals:
+        """Copy a file or directory tree into the guest, as `cp -r` does."""
+        return self._in_guest(lambda: self._session.copy_in(os.fspath(host_path), guest_path))
+
+    def copy_out(self, guest_path: str, host_path: str | Path) -> Totals:
+        """Copy a file or directory tree out of the guest: no link of the guest's leads out of `host_path`."""
+        return self._in_guest(lambda: self._session.copy_out(guest_path, os.fspath(host_path)))
+
+    def fork(self) -> "Sandbox":
+        """Another sandbox in the state of this one, memory, disk and all, but for what `exec` runs: the other's
+        agent ends that. Its writes are its own.
+        """
+        other = Sandbox.__new__(Sandbox)
+        other.phases = Phases()
+        other._nics = ()
+        with ExitStack() as stack:
+            # Its disk lies there, below that of both.
+            directory = stack.enter_context(cache.scratch("fork")) / "snapshot"
+            with MachineClient(self.name) as machine:
+                machine.snapshot(directory)
+            request = vmm.VmmRequest(snapshot=directory)
+            other._begin(request, self._start, self.image_config, ANSWER_SECONDS)
+            self._stack.push(stack.pop_all())
+        return other
+
+    def close(self) -> None:
+        """End the machine, and leave nothing of it. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._stack.close()
+            self.cpu_seconds = self._owned.cpu_seconds
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

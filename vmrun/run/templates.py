@@ -1,0 +1,193 @@
+"""Warm templates: snapshots of machines that have booted and wait for their first command. Owner's process.
+
+A template is for one kernel, image, size and processor, and is made when it is first asked for, under a lock. It
+is named after a hash of all that it depends on: a new version, image or processor asks for another name, and
+the old one is only a directory that `vmrun template rm` removes. Nothing of a user's has run in one.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vmrun
+from vmrun.agent.protocol import AgentError
+from vmrun.control import vmm
+from vmrun.control.client import MachineClient
+from vmrun.errors import EXIT_VMM, UserError
+from vmrun.guestkit import cache
+from vmrun.guestkit.progress import Progress
+from vmrun.host.check import cpu_flags, kvm_flavour
+from vmrun.image.config import Image
+from vmrun.machine.config_json import describe_config
+from vmrun.run.guest import BOOT_SECONDS, Parts, connect, machine_config
+from vmrun.run.spec import SandboxSpec
+from vmrun.snapshot.manifest import FORMAT
+
+if TYPE_CHECKING:
+    from vmrun.control.detach import Owned
+
+PREFIX = "template-"
+SNAPSHOT = "snapshot"
+FACTS = "template.json"
+STATE_MODULES = ("devices", "vmrun/machine", "vmrun/kvm", "vmrun/snapshot")
+
+Start = Callable[[vmm.VmmRequest], "Owned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A finished template: its key, what it is of, and when it was made (seconds since the epoch)."""
+
+    key: str
+    path: Path
+    facts: dict[str, Any]
+
+    @property
+    def snapshot(self) -> Path:
+        return self.path / SNAPSHOT
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes on the disk."""
+        files = [file for file in self.snapshot.glob("*") if file.is_file()]
+        return sum(file.stat().st_blocks * 512 for file in files)
+
+
+def key(spec: SandboxSpec, image: Image, parts: Parts) -> str:
+    """The name of the template for these."""
+    config = describe_config(machine_config(spec, image, parts))
+    for nic in config["nics"]:
+        nic.update(tap="", mac=None)  # a clone has its own
+    config.update(name="", disks=[{**config["disks"][0], "path": ""}, *config["disks"][1:]])
+    depends = [
+        vmrun.__version__,
+        FORMAT,
+        _code(),
+        config,
+        image.digest,
+        _identity(parts.agent.initramfs),
+        _identity(spec.kernel or parts.kit.kernel),
+        _processor(),
+    ]
+    return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _identity(path: Path) -> list[Any]:
+    """Of a file: its content would be hashed at every start."""
+    status = path.stat()
+    return [os.fspath(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _processor() -> list[Any]:
+    """What a snapshot asks of the processor, nearly; the rest is checked when it is restored."""
+    model: list[str] = []
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if not line.strip():
+                break
+            if line.startswith(("vendor_id", "cpu family", "model", "stepping")):
+                model.append(" ".join(line.split()))
+    flavour = kvm_flavour()
+    boot = ""
+    if flavour == "pvm":
+        # Its guests' time-stamp counter is the host's, which begins anew when the host does.
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return [flavour, model, sorted(cpu_flags()), boot]
+
+
+def _code() -> list[Any]:
+    """What vmrun itself is: of a checkout the version says too little."""
+    root = Path(vmrun.__file__).parent.parent
+    newest = 0
+    for folder in STATE_MODULES:
+        for directory, _, files in os.walk(root / folder):
+            for name in files:
+                if name.endswith(".py"):
+                    newest = max(newest, os.stat(os.path.join(directory, name)).st_mtime_ns)
+    return [newest]
+
+
+def find(name: str) -> Template | None:
+    path = cache.find(PREFIX + name)
+    return None if path is None else _open(path)
+
+
+def _open(path: Path) -> Template | None:
+    try:
+        facts = json.loads((path / FACTS).read_text())
+    except (OSError, ValueError):
+        return None
+    return Template(path.name.removeprefix(PREFIX), path, facts) if isinstance(facts, dict) else None
+
+
+def templates() -> list[Template]:
+    """All there are, the newest first."""
+    found = [_open(path) for path in cache.directory().glob(f"{PREFIX}*") if path.is_dir()]
+    there = [template for template in found if template is not None]
+    return sorted(there, key=lambda template: float(template.facts.get("created", 0)), reverse=True)
+
+
+def remove(name: str) -> bool:
+    """False when there is none of that name. Machines that were made of it go on."""
+    return cache.remove(PREFIX + name)
+
+
+def find_or_make(
+    name: str, spec: SandboxSpec, image: Image, parts: Parts, start: Start, progress: Progress
+) -> Template:
+    """The template `name`, made first if need be: that boots a machine. Raises UserError and OSError."""
+    found = find(name)
+    if found is not None:
+        return found
+
+    def make(into: Path) -> None:
+        progress.step("making a template: the first run with this image, kernel and size boots a machine")
+        began = time.monotonic()
+        _make(into, spec, image, parts, start)
+        facts = {
+            "image": spec.image,
+            "kernel": os.fspath(spec.kernel) if spec.kernel is not None else "kit",
+            "memory": spec.memory,
+            "cpus": spec.cpus,
+            "created": time.time(),
+            "seconds": time.monotonic() - began,
+        }
+        (into / FACTS).write_text(json.dumps(facts))
+
+    path = cache.find_or_make(PREFIX + name, make)
+    made = _open(path)
+    if made is None:
+        raise UserError(f"{path}: damaged: remove it", EXIT_VMM)
+    return made
+
+
+def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, start: Start) -> None:
+    with ExitStack() as stack:
+        owned = stack.enter_context(start(vmm.VmmRequest(config=machine_config(spec, image, parts))))
+        owned.wait_until_running()
+        with _ended_instead(owned):
+            session = stack.enter_context(connect(owned, BOOT_SECONDS))
+            # So that the first command finds in memory what every command needs.
+            session.ping()
+            session.sync()
+            session.close()
+            with MachineClient(owned.name) as machine:
+                machine.snapshot(into / SNAPSHOT, end=True)
+
+
+@contextmanager
+def _ended_instead(owned: "Owned") -> Iterator[None]:
+    """Why the machine ended is a better reason than that it did not answer."""
+    try:
+        yield
+    except (AgentError, UserError) as error:
+        if owned.alive():
+            raise UserError(f"no template: {error}", EXIT_VMM) from None
+        code, reason = owned.wait()
+        raise UserError(f"no template: {reason}", code or EXIT_VMM) from None
