@@ -75,6 +75,7 @@ WANTED_PROTOCOL_FEATURES = (
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.PAGEFAULT
 )
 
 # Bytes of configuration to ask for. A back end may refuse to give more than it has: these are the structures
@@ -340,9 +341,8 @@ class VhostUserDevice:
             self._watch_channels()
 
     def release(self) -> None:
-        """Let the back end go, paused: it finishes, flushes and ends, and `restart` brings another one, perhaps
-        with another image. No failure is reported. Does not wait.
-        """
+        """Let the back end go, paused: it finishes, flushes and ends, and `restart` brings another one,
+        perhaps with another image. No failure is reported. Does not wait. """
         with self._session:
             with self._state:
                 self._failed = True
@@ -391,8 +391,8 @@ class VhostUserDevice:
         protocol_features = 0
         if features & VHOST_USER_F_PROTOCOL_FEATURES:
             wanted = self._wanted_protocol_features
-            if self._lazy is not None:
-                wanted |= ProtocolFeature.PAGEFAULT
+            if self._lazy is None:
+                wanted &= ~ProtocolFeature.PAGEFAULT
             protocol_features = connection.ask_u64(Request.GET_PROTOCOL_FEATURES) & wanted
             connection.set(Request.SET_PROTOCOL_FEATURES, U64.pack(protocol_features))
             connection.reply_ack = bool(protocol_features & ProtocolFeature.REPLY_ACK)

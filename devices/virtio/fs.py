@@ -1,5 +1,5 @@
-"""virtio-fs, the device a guest mounts a directory of the host's by: the facts of its type (virtio 1.2, 5.11).
-VMM process.
+"""virtio-fs, the device by which a guest mounts a directory of the host's: the facts of its type (virtio
+1.2, 5.11). VMM process.
 
 What the FUSE requests in its rings ask for is a back end's work, virtiofsd's as a rule. The configuration is
 ours, as in QEMU's vhost-user-fs: virtiofsd does not know the tag.

@@ -14,6 +14,8 @@ Two settings make it look, and only they (both are OpenBSD vmd's):
 The head of a frame that is looked at is a private copy, and that copy is what is sent on: the guest may
 change its own between the check and the write.
 
+What is done with the tap itself is in `_open`, `_read` and `_write`; `devices.virtio.net_stream` has others.
+
 The tap was opened with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR, its header size set to 12 bytes and its offloads
 to none, by whoever made the descriptor.
 """
@@ -27,6 +29,7 @@ import struct
 from devices.errors import GuestError
 from devices.net import dhcp
 from devices.net.frames import ETHERNET_HEADER, is_for, source_mac
+from devices.net.stream import MAX_FRAME, VLAN_TAG
 from devices.virtio.blk import scatter, split
 from devices.worker.ring import DRAINED, MORE, NEED_SOURCE
 
@@ -45,9 +48,6 @@ VIRTIO_NET_S_LINK_UP = 1
 RECEIVE_QUEUE = 0
 TRANSMIT_QUEUE = 1
 
-VLAN_TAG = 4
-# The largest MTU a Linux interface takes, with an Ethernet header and one VLAN tag.
-MAX_FRAME = 65535 + ETHERNET_HEADER + VLAN_TAG
 # As much of a frame as tells whether it can be a DHCP request: up to the end of its UDP header.
 PEEK = 42
 # Answers that may wait for receive buffers. A guest that asks without ever listening loses the rest.
@@ -66,7 +66,7 @@ _SENT = bytes(TAP_HEADER_SIZE)
 _config = struct.Struct("<6sHHH")
 
 
-class _Posted:
+class Posted:
     """A receive buffer of the guest that waits for a frame of at most `room` bytes: `buffers` is what the tap
     is read into.
     """
@@ -132,6 +132,7 @@ class NetDevice:
         "_answers",
         "_config",
         "_header_size",
+        "_input_fd",
         "_lease",
         "_locked",
         "_mac",
@@ -158,24 +159,29 @@ class NetDevice:
             raise ValueError("a MAC is six bytes and not a multicast address")
         if mtu is not None and not 68 <= mtu <= 65535:
             raise ValueError(f"MTU {mtu} is not in 68 to 65535")
-        if os.get_blocking(tap_fd):
-            os.set_blocking(tap_fd, False)  # not allowed in a worker's sandbox, where it has been done before
         self._tap_fd = tap_fd
+        self._input_fd = self._open(tap_fd)
         self._mac = mac
         self._mtu = mtu or 0
         self._locked = locked
         self._lease = lease
-        self._answers = _Answers(tap_fd) if lease is not None else None
+        self._answers = _Answers(self._input_fd) if lease is not None else None
         # Header and frame, and a byte that only a frame too long for us reaches.
         self._private = bytearray(TAP_HEADER_SIZE + MAX_FRAME + 1 if locked else 0)
         self._header_size = TAP_HEADER_SIZE
         self._max_received = MAX_FRAME
-        self._posted: _Posted | None = None
+        self._posted: Posted | None = None
         self.queue_count = 2
         self.features = VIRTIO_NET_F_MAC | VIRTIO_NET_F_STATUS
         if mtu is not None:
             self.features |= VIRTIO_NET_F_MTU
         self._config = _config.pack(mac, VIRTIO_NET_S_LINK_UP, 1, self._mtu)
+
+    def _open(self, fd: int) -> int:
+        """Make `fd` fit for us. Returns what is readable when it has input."""
+        if os.get_blocking(fd):
+            os.set_blocking(fd, False)  # not allowed in a worker's sandbox, where it has been done before
+        return fd
 
     def set_features(self, features: int) -> None:
         self._header_size = TAP_HEADER_SIZE if features & VIRTIO_F_VERSION_1 else LEGACY_HEADER_SIZE
@@ -197,7 +203,7 @@ class NetDevice:
     def source_fd(self, index: int) -> int:
         if index != RECEIVE_QUEUE:
             return -1
-        return self._tap_fd if self._answers is None else self._answers.fd
+        return self._input_fd if self._answers is None else self._answers.fd
 
     def process(self, index: int, queue: SplitQueue) -> int:
         """A tap that is gone (its interface was deleted) raises OSError on the receiving side."""
@@ -231,15 +237,10 @@ class NetDevice:
                 if chain.writable_size < self._header_size + ETHERNET_HEADER:
                     queue.push(chain.head, 0)  # no frame fits into this
                     continue
-                posted = self._posted = _Posted(chain, self._header_size, self._max_received)
+                posted = self._posted = Posted(chain, self._header_size, self._max_received)
             answer = answers.take() if answers is not None else None
             try:
-                if answer is not None:
-                    size = self._deliver(answer, posted)
-                elif self._locked:
-                    size = self._read_filtered(posted)
-                else:
-                    size = os.readv(self._tap_fd, posted.buffers) - TAP_HEADER_SIZE
+                size = self._deliver(answer, posted) if answer is not None else self._read(posted)
             except BlockingIOError:
                 if answers is None or answers.hush():
                     return NEED_SOURCE
@@ -251,8 +252,10 @@ class NetDevice:
             queue.push(posted.chain.head, self._header_size + size)
         return MORE
 
-    def _read_filtered(self, posted: _Posted) -> int:
-        """Read a frame and deliver it when it is for the guest. Returns its size, or 0 for another's."""
+    def _read(self, posted: Posted) -> int:
+        """Read a frame into the guest's buffer. Returns its size, or 0 for one that is not for the guest."""
+        if not self._locked:
+            return os.readv(self._tap_fd, posted.buffers) - TAP_HEADER_SIZE
         size = os.readv(self._tap_fd, [self._private]) - TAP_HEADER_SIZE
         destination = bytes(self._private[TAP_HEADER_SIZE : TAP_HEADER_SIZE + 6])
         if size < ETHERNET_HEADER or not is_for(self._mac, destination):
@@ -260,9 +263,9 @@ class NetDevice:
         return self._deliver(bytes(self._private[TAP_HEADER_SIZE : TAP_HEADER_SIZE + size]), posted)
 
     @staticmethod
-    def _deliver(frame: bytes, posted: _Posted) -> int:
+    def _deliver(frame: bytes | memoryview, posted: Posted) -> int:
         if len(frame) <= posted.room:
-            scatter(frame, posted.frame)
+            scatter(frame, posted.frame)  # type: ignore[arg-type]  # what it slices, a memoryview has too
         return len(frame)
 
     def _transmit(self, queue: SplitQueue) -> int:
@@ -283,6 +286,9 @@ class NetDevice:
             frame = self._inspect(frame)
             if not frame:
                 return
+        self._write(frame)
+
+    def _write(self, frame: list[memoryview]) -> None:
         if len(frame) >= IOV_MAX:
             frame = [memoryview(b"".join(frame))]
         try:

@@ -35,6 +35,7 @@ class Worker:
 
     def __init__(self, name: str, pid: int, pidfd: int, channel: socket.socket, stderr_fd: int) -> None:
         self.name = name
+        self.title = f"worker {name}"  # for messages
         self.pid = pid
         self.pidfd = pidfd
         self.channel = channel
@@ -69,11 +70,11 @@ class Worker:
         """How it ended, as one line for the user, with the last thing it said."""
         code = self.exit_code
         if code is None:
-            return f"worker {self.name} is running"
+            return f"{self.title} is running"
         if code >= 0:
-            text = f"worker {self.name} exited with status {code}"
+            text = f"{self.title} exited with status {code}"
         else:
-            text = f"worker {self.name} was killed by signal {-code}"
+            text = f"{self.title} was killed by signal {-code}"
             if -code == signal.SIGSYS:
                 text += " (its sandbox met a forbidden system call)"
         said = self._last_words.removeprefix(f"vmrun worker {self.name}: ")
@@ -105,7 +106,7 @@ class Worker:
                 signal.pidfd_send_signal(self.pidfd, number)
             self.wait(seconds)
         if not self.poll():
-            raise TimeoutError(f"worker {self.name} (process {self.pid}) does not end")
+            raise TimeoutError(f"{self.title} (process {self.pid}) does not end")
         os.close(self.pidfd)
         os.close(self._stderr_fd)
         self.pidfd = self._stderr_fd = -1

@@ -3,8 +3,8 @@ EOF.
 
 `devices.worker.launcher` starts it as `python3 -I -S -c STUB KIND NAME key=value...`: isolated and without
 site, which halves the start of the interpreter. Words that name inherited descriptors: `channel` (a connected
-UNIX stream socket, or a listening one, on which one connection is accepted), and `image` or `tap`. To serve
-another VMM by hand, give it a listening socket.
+UNIX stream socket, or a listening one, on which one connection is accepted), and `image`, `tap` or `stream`.
+To serve another VMM by hand, give it a listening socket.
 
 Kinds and their other words:
     blk   format=raw|qcow2  read_only=0|1  serial=TEXT
@@ -17,6 +17,11 @@ Kinds and their other words:
           `local` is the host's address; the guest's is one higher. With it the card answers DHCP, in the name
           of `hostmac`, the tap's own MAC. Nobody tells a worker that the tap's MAC changed later, and nobody
           need: clients broadcast their requests, and find the host by ARP before they send it anything else.
+
+          `stream` in the place of `tap` is a socket on which passt(1) serves the network. Then `local` and
+          `hostmac` are a must, and there are the rules of devices.net.filter:
+          allow=10.0.0.0/8:0+192.0.2.1/32:443  own=192.0.2.2+192.0.2.3  private=0|1
+          (a port of 0 is every port).
 
 Any kind: parent=PID, the process to die with; userfault=FD, an open /dev/userfaultfd, for guest memory that
 is filled while it is used (devices.pager); memory=BYTES, how much guest memory it will be given, so that it
@@ -37,12 +42,14 @@ from devices.block import zstd
 from devices.block.open import open_image
 from devices.errors import GuestError, ImageError
 from devices.net.dhcp import Lease
+from devices.net.filter import Network, OutboundFilter, Rules
 from devices.pager import userfaultfd
 from devices.vhost.backend import Backend
 from devices.vhost.channel import Channel
 from devices.vhost.messages import ProtocolError
 from devices.virtio.blk import BlkDevice
 from devices.virtio.net import NetDevice
+from devices.virtio.net_stream import StreamNetDevice
 from devices.worker import sandbox
 from devices.worker.ring import RingServer
 
@@ -133,6 +140,7 @@ class Options:
         "name",
         "parent",
         "quota",
+        "streams",
         "userfault",
         "words",
     )
@@ -149,7 +157,8 @@ class Options:
                 raise ValueError(f"{word!r} is not key=value")
             self.words[key] = value
         self.channel = self._number("channel")
-        self.fd = self._number(KINDS[self.kind])
+        self.streams = self.kind == "net" and "stream" in self.words
+        self.fd = self._number("stream" if self.streams else KINDS[self.kind])
         self.parent = self._number("parent") if "parent" in self.words else None
         self.journal = self._number("journal") if "journal" in self.words else None
         self.userfault = self._number("userfault") if "userfault" in self.words else None
@@ -187,6 +196,12 @@ def open_device(options: Options) -> RingDevice:
         return BlkDevice(image, words.get("serial", options.name).encode("utf-8", "replace"))
     mac = _mac(words.get("mac", ""))
     mtu = int(words["mtu"]) if "mtu" in words else None
+    if options.streams:
+        lease = _lease(words, mac)
+        if lease is None:
+            raise ValueError("a network by stream= needs local=")
+        outbound = OutboundFilter(lease.address, lease.server, _rules(words))
+        return StreamNetDevice(options.fd, mac, mtu, lease=lease, outbound=outbound)
     return NetDevice(options.fd, mac, mtu, locked=words.get("locked", "0") == "1", lease=_lease(words, mac))
 
 
@@ -206,6 +221,19 @@ def _lease(words: dict[str, str], mac: bytes) -> Lease | None:
         os.fsencode(words.get("boot", "")),
         words.get("hostname", "").encode("ascii", "ignore"),
     )
+
+
+def _rules(words: dict[str, str]) -> Rules:
+    allowed = []
+    for rule in _list(words, "allow"):
+        network, _, port = rule.partition(":")
+        allowed.append((Network(network), int(port)))
+    own = [Network(address) for address in _list(words, "own")]
+    return Rules(allowed, own, words.get("private", "0") == "1")
+
+
+def _list(words: dict[str, str], key: str) -> list[str]:
+    return words[key].split("+") if words.get(key) else []
 
 
 def connect(fd: int) -> socket:

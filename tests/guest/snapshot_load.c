@@ -222,7 +222,7 @@ static void *use_network(void *argument)
 		if (sendto(fd, &ours, sizeof ours, 0, (struct sockaddr *)&host, sizeof host) == sizeof ours)
 			sent++;
 		struct pollfd poll_fd = {.fd = fd, .events = POLLIN};
-		while (poll(&poll_fd, 1, 50) == 1) {
+		for (int most = 3; most > 0 && poll(&poll_fd, 1, 50) == 1; most--) {
 			ssize_t count = recv(fd, &theirs, sizeof theirs, 0);
 
 			if (count < 0)

@@ -20,7 +20,8 @@ from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
 
 Kernel = Callable[[str], Path]
 
-# Prints the alphabet for ever. A letter goes through the UART's scratch register, memory and a register on its
+# Prints the alphabet for ever. A letter goes through the UART's scratch register, memory and a register on
+# its
 # way, so that what is lost or done twice shows.
 COUNT = """
     again: mov ebx, 'A'

@@ -6,16 +6,19 @@ UserError that names the option, the key and, where there is one, the nearest ri
 """
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmrun.errors import UserError
 from vmrun.host.disks import disk_format
 from vmrun.host.tap import check_interface_name, parse_host_address, parse_mac
-from vmrun.machine.config import DiskConfig, NicConfig, VhostUserDisk
+from vmrun.machine.config import DiskConfig, Mount, NicConfig, VhostUserDisk
 
 SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 TIME_UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
 VHOST_USER = "vhost-user:"
+MAX_PATH = 4095  # linux/limits.h, without the NUL
 SERIAL_SIZE = 20  # VIRTIO_BLK_ID_BYTES, virtio 1.2, 5.2.6
 
 # The keys of an option: whether each takes a value.
@@ -30,7 +33,10 @@ NIC_KEYS: Keys = {
     "local": False,
     "boot": True,
     "rom": True,
+    "allow": True,
+    "allow-private": False,
 }
+USER_CARD = "user"  # in the place of a tap's name
 
 
 def split_commas(text: str) -> list[str]:
@@ -112,7 +118,9 @@ def parse_disk(text: str) -> DiskConfig:
 
 
 def parse_nic(text: str) -> NicConfig:
-    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24][,bridge=br0][,mtu=9000][,locked][,local][,boot=FILE][,rom=FILE]"""
+    """TAP[,mac=52:54:00:12:34:56][,ip=172.16.0.1/24][,bridge=br0][,mtu=9000][,locked][,local][,boot=FILE]
+    [,rom=FILE] or user[,mac=MAC][,mtu=N][,rom=FILE][,allow=HOST[:PORT][+HOST[:PORT]...]][,allow-private]
+    """
     tap, keys = parse_keys("--nic", text, NIC_KEYS)
     check_interface_name(tap)
     address = keys.get("ip")
@@ -134,7 +142,100 @@ def parse_nic(text: str) -> NicConfig:
         bridge,
         keys.get("boot", ""),
         Path(keys["rom"]) if "rom" in keys else None,
+        tap == USER_CARD,
+        _allowed(keys["allow"].split("+")) if "allow" in keys else (),
+        "allow-private" in keys,
     )
+
+
+def _allowed(texts: Sequence[str]) -> tuple[str, ...]:
+    from vmrun.host.outbound import parse_allowed
+
+    for text in texts:
+        parse_allowed(text)
+    return tuple(texts)
+
+
+def parse_net(
+    text: str | None, allow_host: Sequence[str] = (), allow_private: bool = False
+) -> tuple[NicConfig, ...]:
+    """The cards of `--net none|user|NIC`, with `--allow-host` (repeatable) and `--allow-private`, which are
+    for "user".
+    """
+    cards = () if text is None or text == "none" else (parse_nic(text),)
+    if not allow_host and not allow_private:
+        return cards
+    if not cards or not cards[0].user:
+        raise UserError("--allow-host and --allow-private are for --net user: add it")
+    allow = (*cards[0].allow, *_allowed(allow_host))
+    return (replace(cards[0], allow=allow, allow_private=cards[0].allow_private or allow_private),)
+
+
+@dataclass(frozen=True, slots=True)
+class MountOption:
+    """Which directory of the host's is to be where in the guest. The machine knows directories by tags, so
+    the guest path is for who mounts it there."""
+
+    host: Path
+    guest: str
+    read_only: bool = False
+
+    def config(self, tag: str) -> Mount:
+        return Mount(self.host, tag, self.read_only)
+
+
+def parse_mount(text: str) -> MountOption:
+    """HOST:GUEST[:ro]: a directory here, and the absolute path it has in the guest. Only HOST may have colons
+    in it.
+    """
+    read_only = text.endswith(":ro")
+    host, colon, guest = text.removesuffix(":ro").removesuffix(":rw").rpartition(":")
+    if not colon or not host or not guest.startswith("/"):
+        raise UserError(
+            f"--mount {text}: give a directory and where it is to be in the guest, as in "
+            "--mount src:/src or --mount src:/src:ro"
+        )
+    parts = guest.split("/")
+    if ".." in parts or not any(parts) or "\0" in guest or len(os.fsencode(guest)) > MAX_PATH:
+        raise UserError(f"--mount {text}: {guest} is no path in the guest that a directory can be mounted at")
+    path = Path(host)
+    if not path.is_dir():
+        what = "is not a directory" if path.exists() else "is not there"
+        raise UserError(f"--mount {text}: {host} {what}: give a directory, or use --copy-in for a file")
+    return MountOption(path, guest, read_only)
+
+
+def parse_environment(text: str) -> tuple[str, str]:
+    """K=V, or K for what our own environment has."""
+    name, equals, value = text.partition("=")
+    if not name or "\0" in text:
+        raise UserError(f"--env {text!r}: give NAME=VALUE, or NAME to pass on our own")
+    if not equals:
+        if name not in os.environ:
+            raise UserError(f"--env {name}: there is no such variable here: give {name}=VALUE")
+        value = os.environ[name]
+    return name, value
+
+
+def parse_pair(option: str, text: str) -> tuple[str, str]:
+    """FROM:TO, cut at the first colon; a colon inside a path is written twice."""
+    source = [""]
+    target: list[str] = []
+    parts = source
+    index = 0
+    while index < len(text):
+        if text[index] == ":" and text[index + 1 : index + 2] == ":":
+            index += 1
+            parts[-1] += ":"
+        elif text[index] == ":" and parts is source:
+            parts = target
+            target.append("")
+        else:
+            parts[-1] += text[index]
+        index += 1
+    if not source[0] or not target or not target[0]:
+        raise UserError(f"{option} {text}: give FROM:TO; a colon inside a path is written twice")
+    return source[0], target[0]
 
 
 def _split_unit(text: str) -> tuple[float, str] | None:

@@ -86,6 +86,14 @@ class RuntimeDirectory:
     def socket_path(self) -> Path:
         return self.path / SOCKET
 
+    def abandon(self) -> None:
+        """Give the name back, and leave it to the next command, or to the owner's `running`, to remove the
+        directory: a VMM that has confined itself cannot reach it.
+        """
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
     def release(self, outcome: str | None = None) -> None:
         """Give the name back and remove the directory. With `outcome`, JSON, the logs are kept for those who
         ask later. A second call does nothing.
@@ -98,8 +106,7 @@ class RuntimeDirectory:
                     _keep(base, self.path, outcome)
                 shutil.rmtree(self.path, ignore_errors=True)
         finally:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+            self.abandon()
 
 
 def claim(name: str | None) -> RuntimeDirectory:

@@ -1,5 +1,5 @@
-"""A machine's process, for a program that owns the machine: what is asked of it, and the two ways to start it.
-The owner's process, and the VMM's.
+"""A machine's process, for a program that owns the machine: what is asked of it, and the two ways to start
+it. The owner's process, and the VMM's.
 
 A command forks, which costs nothing. A program with threads may not (they would vanish with whatever they
 have locked), and starts a fresh interpreter that is told the same as JSON.

@@ -204,6 +204,21 @@ def check_tool(name: str, purpose: str) -> Check:
     return Check(name, "ok", path, purpose)
 
 
+def check_virtiofsd() -> Check:
+    from vmrun.errors import UserError
+    from vmrun.host import virtiofsd
+
+    path = virtiofsd.find()
+    if path is None:
+        return Check("virtiofsd", "info", "not installed", "wanted for run --mount; --copy-in does without")
+    try:
+        program = virtiofsd.probe(path)
+    except UserError as error:
+        return Check("virtiofsd", "warning", str(error).removeprefix("--mount: "))
+    kind = "in Rust" if program.rust else "QEMU's in C"
+    return Check("virtiofsd", "ok", f"{path} ({kind})", "shared directories: run --mount")
+
+
 def all_checks() -> list[Check]:
     """Every check, in the order to read them. A check that fails itself is reported as one that says so."""
     checks: list[tuple[str, Callable[[], Check]]] = [
@@ -217,7 +232,7 @@ def all_checks() -> list[Check]:
         ("userfaultfd", check_userfaultfd),
         ("qemu-img", lambda: check_tool("qemu-img", "making and checking disk images")),
         ("passt", lambda: check_tool("passt", "a network without root (vhost-user)")),
-        ("virtiofsd", lambda: check_tool("virtiofsd", "shared directories (vhost-user)")),
+        ("virtiofsd", check_virtiofsd),
     ]
     found = []
     for name, check in checks:

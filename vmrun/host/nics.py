@@ -1,35 +1,63 @@
-"""The host's side of a machine's network cards: taps, bridges and local addresses, before the workers start.
-VMM process.
+"""The host's side of a machine's network cards: taps, bridges and local addresses, or passt, before the
+workers start. VMM process.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from vmrun.host import local
 from vmrun.host.bridge import BridgePort
 from vmrun.host.tap import Tap, random_mac
 from vmrun.machine.config import NicConfig
 
+if TYPE_CHECKING:
+    from vmrun.host.passt import Passt
+
 
 class OpenNic:
-    """One card: its tap, and `words`, what its worker is told (see `devices.worker.main`)."""
+    """One card: its tap or its passt, and `words`, what its worker is told (see `devices.worker.main`)."""
 
-    __slots__ = ("config", "tap", "words")
+    __slots__ = ("_tap", "config", "passt", "words")
 
-    def __init__(self, config: NicConfig, tap: Tap) -> None:
+    def __init__(self, config: NicConfig, mac: bytes, tap: Tap | None, passt: "Passt | None" = None) -> None:
         self.config = config
-        self.tap = tap
-        self.words = {"mac": (config.mac or random_mac()).hex(":")}
+        self._tap = tap
+        self.passt = passt
+        self.words = {"mac": mac.hex(":")}
         if config.mtu is not None:
             self.words["mtu"] = str(config.mtu)
         if config.locked:
             self.words["locked"] = "1"
+        if passt is not None:
+            self._describe_user(passt)
+
+    def _describe_user(self, passt: "Passt") -> None:
+        from vmrun.host.outbound import own_addresses, resolve
+
+        self.words |= {"local": passt.gateway, "hostmac": passt.gateway_mac.hex(":")}
+        self.words["allow"] = "+".join(resolve(self.config.allow))
+        self.words["own"] = "+".join(own_addresses())
+        if self.config.allow_private:
+            self.words["private"] = "1"
+
+    @property
+    def tap(self) -> Tap:
+        """Of a card that has one."""
+        if self._tap is None:
+            raise ValueError(f"--nic {self.config.tap} has no tap")
+        return self._tap
+
+    @property
+    def fds(self) -> dict[str, int]:
+        """What its worker gets, by the words for it. They stay ours."""
+        return {"stream": self.passt.fd} if self.passt is not None else {"tap": self.tap.fd}
 
 
 class Nics:
-    """The open cards of one machine, in order: a context manager that owns their taps and undoes what was
-    done.
+    """The open cards of one machine, in order: a context manager that owns their taps and passts, and undoes
+    what was done.
 
     `name` is the machine's: a guest that boots from the network is told it. Raises UserError and OSError.
     """
@@ -37,13 +65,23 @@ class Nics:
     def __init__(self, configs: Iterable[NicConfig], name: str = "") -> None:
         self._nics: list[OpenNic] = []
         with ExitStack() as stack:
-            for config in configs:
+            for number, config in enumerate(configs):
+                mac = config.mac or random_mac()
+                if config.user:
+                    from vmrun.host.passt import Passt
+
+                    passt = stack.enter_context(Passt(number, mac))
+                    self._nics.append(OpenNic(config, mac, None, passt))
+                    continue
                 # On a bridge the host's end is the bridge.
                 address = config.address if config.bridge is None else None
                 tap = stack.enter_context(Tap(config.tap, address, config.mtu))
                 if config.bridge is not None:
                     stack.enter_context(BridgePort(config.bridge, config.tap, config.address))
-                self._nics.append(OpenNic(config, tap))
+                self._nics.append(OpenNic(config, mac, tap))
+            for nic in self._nics:
+                if nic.passt is not None:
+                    nic.passt.wait_ready()
             hosts = local.assign({k: nic.tap for k, nic in enumerate(self._nics) if nic.config.local})
             for number, host in hosts.items():
                 nic = self._nics[number]

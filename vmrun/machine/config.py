@@ -47,6 +47,10 @@ class NicConfig:
     `locked`: the guest sends from its MAC only, and gets only what is for it. `local`: a link of two
     addresses with the host, which the guest learns by DHCP, with `boot_file` (at most 127 bytes) as what to
     boot. `rom` is an option ROM for the firmware.
+
+    `user`: there is no tap, and `tap` is only a name for messages; passt serves the card. The guest then
+    reaches public addresses, or only what is in `allow` ("example.org:443", "10.1.0.0/16"), and with
+    `allow_private` the private networks too (`vmrun.host.outbound`).
     """
 
     tap: str
@@ -58,8 +62,21 @@ class NicConfig:
     bridge: str | None = None
     boot_file: str = ""
     rom: Path | None = None
+    user: bool = False
+    allow: tuple[str, ...] = ()
+    allow_private: bool = False
 
     def __post_init__(self) -> None:
+        taps_only = self.address is not None or self.bridge is not None or self.locked or self.local
+        if self.user and taps_only:
+            raise UserError(
+                f"--nic {self.tap}: ip=, bridge=, locked and local are for taps: a user card has its own "
+                "addresses, and sends from those only"
+            )
+        if (self.allow or self.allow_private) and not self.user:
+            raise UserError(
+                f"--nic {self.tap}: allow= and allow-private are for --nic user; a tap is not filtered"
+            )
         if self.mtu is not None and not 68 <= self.mtu <= 65521:
             raise UserError(f"--nic {self.tap}: mtu={self.mtu}: give 68 to 65521, the sizes a tap takes")
         if self.local and (self.address is not None or self.bridge is not None):
@@ -96,8 +113,8 @@ class MachineConfig:
     """`memory` is in bytes. `kernel` None means the guest kit's, unless there is `firmware`, which then looks
     for something to boot itself. `name` stands in messages.
 
-    `legacy_virtio`: the guest sees virtio devices as they were before virtio 1.0. `agent`: it has ports for an
-    agent, through which programs are run in it.
+    `legacy_virtio`: the guest sees virtio devices as they were before virtio 1.0. `agent`: it has ports for
+    an agent, through which programs are run in it.
     """
 
     memory: int = 128 * MIB

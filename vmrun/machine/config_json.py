@@ -23,6 +23,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "Path | None": (str, type(None)),
     "bytes | None": (str, type(None)),
     "tuple[Path, ...]": (list,),
+    "tuple[str, ...]": (list,),
 }
 
 
@@ -80,8 +81,8 @@ def _parse(kind: type, keys: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key}: {value!r} is not of its kind")
         if isinstance(value, list):
             if not all(isinstance(each, str) for each in value):
-                raise ValueError(f"{key}: not a list of paths")
-            value = tuple(Path(each) for each in value)
+                raise ValueError(f"{key}: not a list of strings")
+            value = tuple(Path(each) for each in value) if key in PATHS else tuple(value)
         elif isinstance(value, str) and key in PATHS:
             value = Path(value)
         elif isinstance(value, str) and name.startswith("bytes"):

@@ -175,11 +175,11 @@ class PortLink:
 
 
 class PortListener:
-    """Lets the clients that connect to `path` have the ports, each one of its own. Those for whom there is none
-    wait their turn, in the order in which they come.
+    """Lets the clients that connect to `path` have the ports, each one of its own. Those for whom there is
+    none wait their turn, in the order in which they come.
 
-    Owns the listening socket, the path and a `PortLink` for each port. Only root and the owner of this process
-    are let in.
+    Owns the listening socket, the path and a `PortLink` for each port. Only root and the owner of this
+    process are let in.
     """
 
     def __init__(self, loop: EventLoop, ports: Sequence[Port], path: Path) -> None:

@@ -72,6 +72,7 @@ class SupervisedWorker:
         self.kind = kind
         self.name = name
         self.restarts = 0
+        self.replaceable = True  # a confined VMM starts nobody
         self._words = dict(words)
         self._fds = dict(fds)
         self._lazy = lazy
@@ -177,7 +178,7 @@ class SupervisedWorker:
         now = time.monotonic()
         while self._deaths and self._deaths[0] < now - RESTART_WINDOW:
             self._deaths.popleft()
-        if code == EXIT_IMAGE:
+        if code == EXIT_IMAGE or not self.replaceable:
             self._end(code, reason)
         elif len(self._deaths) == MAX_RESTARTS:
             self._end(code, f"{reason} (and {MAX_RESTARTS} times before within {RESTART_WINDOW:g} s)")

@@ -67,10 +67,15 @@ def machine_config(spec: SandboxSpec, image: Image, parts: Parts) -> MachineConf
 
 
 def connect(owned: Owned, seconds: float) -> AgentSession:
-    """A session with the agent of the machine. AgentGone when the machine ends instead, UserError when the agent
-    does not answer within `seconds`.
+    """A session with the agent of the machine. AgentGone when the machine ends instead, UserError when the
+    agent does not answer within `seconds`.
     """
-    session = AgentSession(_connect(runtime.base_directory() / owned.name / runtime.AGENT))
+    return open_session(runtime.base_directory() / owned.name, seconds)
+
+
+def open_session(directory: Path, seconds: float) -> AgentSession:
+    """The same for the machine with the runtime directory `directory`."""
+    session = AgentSession(_connect(directory / runtime.AGENT))
     try:
         session.hello(seconds)
     except TimeoutError:

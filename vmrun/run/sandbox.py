@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from vmrun.agent.files import Totals
 from vmrun.agent.process import Capture, Process
-from vmrun.agent.protocol import AgentGone, AgentRefused
+from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.control.detach import Owned
@@ -55,10 +55,9 @@ class SandboxEnded(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a command ended. `exit_code` is its own, or 128 and the signal's number, or 126 or 127 when it could
-    not be started (then `stderr` says why). `signal` is the one that killed it. `out_of_memory`: the guest had
-    too little memory for it. `cut`: it printed more than was kept. `seconds` is what it took.
-    """
+    """How a command ended. `exit_code` is its own, or 128 and the signal's number, or 126 or 127 when it
+    could not be started (then `stderr` says why). `signal` is the one that killed it. `out_of_memory`: the
+    guest had too little memory for it. `cut`: it printed more than was kept. `seconds` is what it took."""
 
     exit_code: int
     stdout: bytes = b""
@@ -85,12 +84,12 @@ class CommandTimeout(UserError, TimeoutError):
 
 
 class Sandbox:
-    """A running machine made of `image`, by default the guest kit's root; docs/images.md tells what it may be.
-    A context manager.
+    """A running machine made of `image`, by default the guest kit's root; docs/images.md tells what it may
+    be. A context manager.
 
-    `memory` is in bytes. `timeout` ends the machine after so many seconds. `fresh` boots it instead of using a
-    template. The constructor returns when commands can be run; the first one for an image takes as long as the
-    guest boots. Raises UserError and OSError.
+    `memory` is in bytes. `timeout` ends the machine after so many seconds. `fresh` boots it instead of using
+    a template. The constructor returns when commands can be run; the first one for an image takes as long as
+    the guest boots. Raises UserError and OSError.
     """
 
     def __init__(
@@ -129,8 +128,10 @@ class Sandbox:
         self, request: vmm.VmmRequest, start: Start, image_config: ImageConfig, seconds: float
     ) -> None:
         self.image_config = image_config
-        self.cpu_seconds = 0.0  # of the host's, once it is closed; when it was forked
+        # Of the host's, once it is closed: seconds of its CPUs (when it was forked), bytes of its memory.
+        self.cpu_seconds, self.memory_used = 0.0, 0
         self._start = start
+        self.keep_logs = False
         self._closed = False
         with ExitStack() as stack:
             with self.phases.phase("machine"):
@@ -184,8 +185,15 @@ class Sandbox:
     def _kept_logs(self) -> Path:
         return runtime.base_directory() / runtime.ENDED / self.name
 
+    @property
+    def console_log(self) -> Path:
+        """All of that, up to some MiB: a file, kept after the end when `keep_logs` is set before it."""
+        kept = self._kept_logs / runtime.CONSOLE_LOG
+        return kept if kept.exists() else self._runtime / runtime.CONSOLE_LOG
+
     def _forget_logs(self) -> None:
-        shutil.rmtree(self._kept_logs, ignore_errors=True)
+        if not self.keep_logs:
+            shutil.rmtree(self._kept_logs, ignore_errors=True)
 
     def run(
         self,
@@ -215,7 +223,7 @@ class Sandbox:
             stderr(f"{error}\n".encode())
             return result(error.exit_code)
         try:
-            status = self._in_guest(lambda: process.wait(timeout))
+            status = self.wait(process, timeout)
         except TimeoutError:
             process.kill()
             process.ended(END_SECONDS)
@@ -234,10 +242,9 @@ class Sandbox:
         stdout: "Sink" = None,
         stderr: "Sink" = None,
     ) -> Process:
-        """Start a command, and return when it has started: see `vmrun.agent.session.AgentSession.exec`. What the
-        image says of environment, directory and user counts where nothing else is said. AgentRefused when the
-        guest cannot start it.
-        """
+        """Start a command, and return when it has started: see `vmrun.agent.session.AgentSession.exec`. What
+        the image says of environment, directory and user counts where nothing else is said. AgentRefused when
+        the guest cannot start it."""
         wanted = self.image_config
         return self._in_guest(
             lambda: self._session.exec(
@@ -252,6 +259,12 @@ class Sandbox:
             )
         )
 
+    def wait(self, process: Process, timeout: float | None = None) -> ExitStatus:
+        """How what `exec` started ended, with all that it printed delivered. TimeoutError after `timeout`
+        seconds, SandboxEnded when the machine ends first.
+        """
+        return self._in_guest(lambda: process.wait(timeout))
+
     def copy_in(self, host_path: str | Path, guest_path: str) -> Totals:
         """Copy a file or directory tree into the guest, as `cp -r` does."""
         return self._in_guest(lambda: self._session.copy_in(os.fspath(host_path), guest_path))
@@ -261,9 +274,8 @@ class Sandbox:
         return self._in_guest(lambda: self._session.copy_out(guest_path, os.fspath(host_path)))
 
     def fork(self) -> "Sandbox":
-        """Another sandbox in the state of this one, memory, disk and all, but for what `exec` runs: the other's
-        agent ends that. Its writes are its own.
-        """
+        """Another sandbox in the state of this one, memory, disk and all, but for what `exec` runs: the
+        other's agent ends that. Its writes are its own."""
         other = Sandbox.__new__(Sandbox)
         other.phases = Phases()
         other._nics = ()
@@ -281,8 +293,16 @@ class Sandbox:
         """End the machine, and leave nothing of it. A second call does nothing."""
         if not self._closed:
             self._closed = True
+            self.memory_used = self._memory_used()
             self._stack.close()
             self.cpu_seconds = self._owned.cpu_seconds
+
+    def _memory_used(self) -> int:
+        try:
+            with MachineClient(self.name, timeout=1.0) as machine:
+                return machine.status().memory_used
+        except UserError:
+            return 0
 
     def __enter__(self) -> "Sandbox":
         return self

@@ -1,8 +1,8 @@
 """Warm templates: snapshots of machines that have booted and wait for their first command. Owner's process.
 
-A template is for one kernel, image, size and processor, and is made when it is first asked for, under a lock. It
-is named after a hash of all that it depends on: a new version, image or processor asks for another name, and
-the old one is only a directory that `vmrun template rm` removes. Nothing of a user's has run in one.
+A template is for one kernel, image, size and processor, and is made when it is first asked for, under a lock.
+It is named after a hash of all that it depends on: a new version, image or processor asks for another name,
+and the old one is only a directory that `vmrun template rm` removes. Nothing of a user's has run in one.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 PREFIX = "template-"
 SNAPSHOT = "snapshot"
 FACTS = "template.json"
+SAME = ("image", "kernel", "memory", "cpus", "nics")  # facts of two templates of which one is out of date
 STATE_MODULES = ("devices", "vmrun/machine", "vmrun/kvm", "vmrun/snapshot")
 
 Start = Callable[[vmm.VmmRequest], "Owned"]
@@ -151,10 +152,11 @@ def find_or_make(
         began = time.monotonic()
         _make(into, spec, image, parts, start)
         facts = {
-            "image": spec.image,
+            "image": spec.image if spec.image == "kit" else os.path.abspath(spec.image),
             "kernel": os.fspath(spec.kernel) if spec.kernel is not None else "kit",
             "memory": spec.memory,
             "cpus": spec.cpus,
+            "nics": len(spec.nics),
             "created": time.time(),
             "seconds": time.monotonic() - began,
         }
@@ -164,6 +166,10 @@ def find_or_make(
     made = _open(path)
     if made is None:
         raise UserError(f"{path}: damaged: remove it", EXIT_VMM)
+    for other in templates():
+        # What the same options meant before vmrun, the image or the processor changed.
+        if other.key != name and all(other.facts.get(each) == made.facts.get(each) for each in SAME):
+            remove(other.key)
     return made
 
 

@@ -25,7 +25,8 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from devices.memory import GuestMemory
 from devices.pager import userfaultfd
@@ -166,8 +167,26 @@ class LazyRam:
         self._ram.memory = LazyGuestMemory(self._ram, self, ranges)
         self._launch()
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._watch()
+
+    def _watch(self) -> None:
         self._thread = threading.Thread(target=self._supervise, name="pager", daemon=True)
         self._thread.start()
+
+    @contextmanager
+    def unsupervised(self) -> Iterator[None]:
+        """Meanwhile there is no thread here. A pager that dies is noticed afterwards, so touch no memory."""
+        if self._thread is None:
+            yield
+            return
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join()
+        os.eventfd_read(self._stop_fd)
+        try:
+            yield
+        finally:
+            if not self._done.is_set():
+                self._watch()
 
     def add_client(self, name: str, uffd: int, mappings: Mappings) -> None:
         """See `devices.vhost.postcopy.LazyMemory`."""

@@ -128,6 +128,11 @@ def check(config: MachineConfig) -> None:
         raise UserError("a machine that was started by firmware cannot be saved: boot it with --kernel")
     if any(not isinstance(disk, DiskConfig) for disk in config.disks):
         raise UserError("a machine with a vhost-user disk cannot be saved: what serves it cannot be frozen")
+    if any(mount.host is not None for mount in config.mounts):
+        raise UserError(
+            "a machine with a directory of the host's mounted cannot be saved: which files its guest has "
+            "open is known to virtiofsd only"
+        )
 
 
 def _saved_config(config: MachineConfig) -> MachineConfig:

@@ -1,0 +1,108 @@
+"""`vmrun exec`, `shell` and `cp`: into a machine that runs, through the agent in its guest. User side."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+from vmrun.cli.declare import Argument, Option
+from vmrun.errors import EXIT_VMM, UserError
+
+if TYPE_CHECKING:
+    from vmrun.agent.session import AgentSession
+    from vmrun.run.command import Command
+
+ANSWER_SECONDS = 10.0
+
+
+def exec(
+    name: Annotated[str, Argument(metavar="NAME", help="The machine.")],
+    command: Annotated[list[str], Argument(metavar="-- COMMAND...", help="What to run.")],
+    env: Annotated[
+        list[str] | None, Option("--env", "-e", metavar="K=V", help="Environment; K alone passes ours on.")
+    ] = None,
+    workdir: Annotated[
+        str | None, Option("--workdir", "-w", metavar="DIRECTORY", help="Where in the guest it runs.")
+    ] = None,
+    user: Annotated[
+        str | None, Option("--user", "-u", metavar="USER[:GROUP]", help="Who it runs as. Default: root.")
+    ] = None,
+    timeout: Annotated[
+        str | None, Option(metavar="TIME", help="End it after this long, as in 90s: exit code 68.")
+    ] = None,
+    terminal: Annotated[bool, Option("--terminal", "-t", help="Give it a terminal: yours.")] = False,
+) -> int:
+    """Run a command in a running machine; its exit code is the command's."""
+    from vmrun.cli import options
+    from vmrun.run import command as commands
+
+    environment = tuple(options.parse_environment(text) for text in env or ())
+    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+    wanted = commands.Command(tuple(command), environment, workdir, user, terminal)
+    return _run(name, wanted, seconds)
+
+
+def shell(
+    name: Annotated[str, Argument(metavar="NAME", help="The machine.")],
+    user: Annotated[
+        str | None, Option("--user", "-u", metavar="USER[:GROUP]", help="Who it runs as. Default: root.")
+    ] = None,
+) -> int:
+    """Open a shell in a running machine, on this terminal."""
+    from vmrun.run import command as commands
+
+    return _run(name, commands.Command(("/bin/sh", "-l"), user=user, tty=True), None)
+
+
+def cp(
+    source: Annotated[str, Argument(metavar="FROM", help="A path here, or NAME:PATH in a machine.")],
+    target: Annotated[str, Argument(metavar="TO", help="The other of the two.")],
+) -> int:
+    """Copy files and directories into a running machine, or out of it."""
+    from vmrun.agent.protocol import AgentError
+
+    there, here = _machine_path(source), _machine_path(target)
+    if (there is None) == (here is None):
+        raise UserError(f"cp {source} {target}: give one of the two as NAME:PATH, a path in a machine")
+    name, path = there or here or ("", "")
+    with _session(name) as session:
+        try:
+            totals = session.copy_out(path, target) if there else session.copy_in(source, path)
+        except AgentError as error:
+            raise UserError(str(error), EXIT_VMM) from None
+    for left_out in totals.left_out:
+        print(f"vmrun: left out: {left_out}", file=sys.stderr)
+    return 0
+
+
+def _run(name: str, wanted: "Command", timeout: float | None) -> int:
+    from vmrun.agent.protocol import AgentError
+    from vmrun.run import command
+    from vmrun.run.phases import Phases
+    from vmrun.run.visit import Visit
+
+    with _session(name) as session, Visit(session) as visit:
+        try:
+            outcome = command.run(visit, wanted, timeout, Phases())
+        except AgentError as error:
+            raise UserError(f"{name}: {error}", EXIT_VMM) from None
+    if outcome.own or not outcome.started:
+        print(f"vmrun: {outcome.reason}", file=sys.stderr)
+    return outcome.code
+
+
+def _machine_path(text: str) -> tuple[str, str] | None:
+    """NAME:PATH taken apart; None when it is a path here, which may begin with ./ to say so."""
+    name, colon, path = text.partition(":")
+    return (name, path or ".") if colon and name and "/" not in name else None
+
+
+def _session(name: str) -> "AgentSession":
+    from vmrun.agent.protocol import AgentGone
+    from vmrun.control import runtime
+    from vmrun.run.guest import open_session
+
+    try:
+        return open_session(runtime.find(name), ANSWER_SECONDS)
+    except (AgentGone, UserError) as error:
+        raise UserError(
+            f"{name}: {error}: is there an agent in its guest? (docs/agent.md)", EXIT_VMM
+        ) from None

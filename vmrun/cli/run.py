@@ -1,0 +1,202 @@
+"""`vmrun run`: a command in a throw-away machine. User side; the machine is in a process of its own."""
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from vmrun.cli.declare import Argument, Option
+from vmrun.errors import EXIT_VMM, UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vmrun.machine.config import NicConfig
+    from vmrun.run.command import Command, Outcome
+    from vmrun.run.sandbox import Sandbox
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+CONSOLE_LINES = 20  # are shown of a machine that ended unasked
+
+
+def run(
+    command: Annotated[
+        list[str] | None, Argument(metavar="-- COMMAND...", help="What to run; else what the image says.")
+    ] = None,
+    image: Annotated[
+        str,
+        Option(metavar="IMAGE", help="A directory, disk, OCI layout, or tar. Default: the guest kit's root."),
+    ] = "kit",
+    kernel: Annotated[
+        list[Path] | None,
+        Option(
+            "--kernel", metavar="FILE", help="bzImage or vmlinux, not the kit's. Repeated: a run with each."
+        ),
+    ] = None,
+    mem: Annotated[str, Option("--mem", metavar="SIZE", help="Memory, as in 512M or 2G.")] = "512M",
+    cpus: Annotated[int, Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,
+    env: Annotated[
+        list[str] | None, Option("--env", "-e", metavar="K=V", help="Environment; K alone passes ours on.")
+    ] = None,
+    workdir: Annotated[
+        str | None, Option("--workdir", "-w", metavar="DIRECTORY", help="Where in the guest it runs.")
+    ] = None,
+    user: Annotated[
+        str | None,
+        Option("--user", "-u", metavar="USER[:GROUP]", help="Who it runs as. Default: the image's."),
+    ] = None,
+    copy_in: Annotated[
+        list[str] | None, Option("--copy-in", metavar="HOST:GUEST", help="Copy before it runs. Repeatable.")
+    ] = None,
+    copy_out: Annotated[
+        list[str] | None, Option("--copy-out", metavar="GUEST:HOST", help="Copy after it ran. Repeatable.")
+    ] = None,
+    disk: Annotated[
+        list[str] | None, Option("--disk", metavar="PATH[,...]", help="As for boot: /dev/vdb and so on.")
+    ] = None,
+    net: Annotated[
+        str, Option("--net", metavar="none|user|NIC", help="Network: none, user (passt), or as boot's --nic.")
+    ] = "none",
+    timeout: Annotated[
+        str | None, Option(metavar="TIME", help="End it after this long, as in 90s: exit code 68.")
+    ] = None,
+    terminal: Annotated[bool, Option("--terminal", "-t", help="Give it a terminal: yours.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Boot; use no template.")] = False,
+    keep: Annotated[
+        Path | None, Option("--keep", metavar="DIRECTORY", help="Save the machine there afterwards.")
+    ] = None,
+    json: Annotated[
+        bool, Option("--json", help="Write what it was like as the last line on stderr, in JSON.")
+    ] = False,
+    timeline: Annotated[
+        Path | None, Option(metavar="FILE", help="Draw how long each phase took (SVG), and print a table.")
+    ] = None,
+) -> int:
+    """Run a command in a throw-away machine; its exit code is the command's.
+
+    The first run with an image, kernel and size boots a machine and saves it; later ones begin there. Nothing
+    the command does stays, but what --copy-out and --keep say. Codes of vmrun's own: 64 usage, 65 no KVM, 66
+    image, 67 guest panic, 68 timeout, 69 guest out of memory, 70 vmrun or host.
+    """
+    from vmrun.cli import options
+    from vmrun.run.phases import Phases
+
+    phases = Phases(time.monotonic())
+    if kernel is not None and len(kernel) > 1:
+        from vmrun.run.matrix import run_each, without_kernels
+
+        return run_each(kernel, options.parse_memory("--mem", mem), without_kernels(sys.argv[2:]))
+    from vmrun.cli.progress import progress
+    from vmrun.run import report
+    from vmrun.run.command import Command, Outcome
+
+    wanted = Command(
+        tuple(command or ()),
+        tuple(options.parse_environment(text) for text in env or ()),
+        workdir,
+        user,
+        terminal,
+    )
+    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+    ins = [options.parse_pair("--copy-in", text) for text in copy_in or ()]
+    outs = [options.parse_pair("--copy-out", text) for text in copy_out or ()]
+    memory = options.parse_memory("--mem", mem)
+    disks = [options.parse_disk(text) for text in disk or ()]
+    nics = _nics(net)
+
+    from vmrun.control import vmm
+    from vmrun.run.sandbox import Sandbox
+
+    made: list[Sandbox] = []
+
+    def whole() -> Outcome:
+        with progress() as teller:
+            sandbox = Sandbox(
+                image,
+                kernel=kernel[0] if kernel else None,
+                memory=memory,
+                cpus=cpus,
+                disks=disks,
+                nics=nics,
+                fresh=fresh,
+                progress=teller,
+                phases=phases,
+                start=vmm.fork,
+            )
+        made.append(sandbox)
+        return _use(sandbox, wanted, ins, outs, keep, seconds)
+
+    outcome = Outcome(EXIT_INTERRUPTED, "interrupted", own=True)
+    try:
+        outcome = _attempt(whole)
+    finally:
+        for sandbox in made:
+            sandbox.keep_logs = outcome.own
+            with phases.phase("end of the machine"):
+                sandbox.close()
+    if outcome.own or not outcome.started:
+        print(f"vmrun: {outcome.reason}", file=sys.stderr)
+    if timeline is not None:
+        timeline.write_text(report.timeline(phases))
+        print(report.table(phases), file=sys.stderr)
+    if json:
+        usage = {"cpu_seconds": made[0].cpu_seconds, "memory": made[0].memory_used} if made else {}
+        console = made[0].console_log if made and outcome.own else None
+        print(report.describe(outcome, phases, usage, console), file=sys.stderr)
+    return outcome.code
+
+
+def _attempt(whole: "Callable[[], Outcome]") -> "Outcome":
+    from vmrun.agent.protocol import AgentError
+    from vmrun.run.command import Outcome
+    from vmrun.run.sandbox import SandboxEnded
+
+    try:
+        return whole()
+    except SandboxEnded as error:
+        if error.console.strip():
+            print(printable(error.console), file=sys.stderr)
+        return Outcome(error.code, str(error), own=True)
+    except UserError as error:
+        return Outcome(error.code, str(error), own=True)
+    except AgentError as error:
+        return Outcome(EXIT_VMM, str(error), own=True)
+
+
+def _use(
+    sandbox: "Sandbox",
+    wanted: "Command",
+    ins: list[tuple[str, str]],
+    outs: list[tuple[str, str]],
+    keep: Path | None,
+    timeout: float | None,
+) -> "Outcome":
+    from vmrun.control.client import MachineClient
+    from vmrun.run import command
+
+    phases = sandbox.phases
+    for host, guest in ins:
+        with phases.phase("copy in"):
+            sandbox.copy_in(host, guest)
+    outcome = command.run(sandbox, wanted, timeout, phases)
+    for guest, host in outs:
+        with phases.phase("copy out"):
+            sandbox.copy_out(guest, host)
+    if keep is not None:
+        with phases.phase("save"), MachineClient(sandbox.name) as machine:
+            machine.snapshot(keep)
+    return outcome
+
+
+def _nics(net: str) -> "list[NicConfig]":
+    if net == "none":
+        return []
+    from vmrun.cli import options
+
+    return [options.parse_nic(net)]
+
+
+def printable(text: str) -> str:
+    """The guest's words for our terminal, without control characters that would do something to it."""
+    kept = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r", ""))
+    return "\n".join(kept.rstrip().splitlines()[-CONSOLE_LINES:])

@@ -1,0 +1,202 @@
+"""One command in a sandbox, as a shell has it: terminal or pipes, signals, time limits, exit code. Owner's
+process, main thread.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
+
+from vmrun.agent.process import Process
+from vmrun.agent.protocol import AgentError, AgentRefused
+from vmrun.errors import EXIT_GUEST_MEMORY, EXIT_TIMEOUT, UserError
+from vmrun.run.phases import Phases
+
+if TYPE_CHECKING:
+    from vmrun.agent.process import Sink, Source
+    from vmrun.agent.protocol import ExitStatus
+    from vmrun.image.config import ImageConfig
+
+FORWARDED = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+# A command that was asked to end by one of these has so many seconds for it.
+ENDING = (signal.SIGTERM, signal.SIGHUP)
+GRACE_SECONDS = 10.0
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What to run, and how. `tty`: it gets a terminal, ours."""
+
+    argv: tuple[str, ...]
+    env: tuple[tuple[str, str], ...] = ()
+    workdir: str | None = None
+    user: str | None = None
+    tty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The exit code for the shell, and why in one line; `own` tells vmrun's codes from the command's, and
+    `started` whether it was one that could be.
+    """
+
+    code: int
+    reason: str
+    own: bool = False
+    started: bool = True
+
+
+class Runner(Protocol):
+    """Where commands run: a sandbox (`vmrun.run.sandbox`), or a machine that somebody else runs."""
+
+    @property
+    def image_config(self) -> "ImageConfig": ...
+
+    def exec(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        tty: tuple[int, int] | None = None,
+        stdin: "Source" = None,
+        stdout: "Sink" = None,
+        stderr: "Sink" = None,
+    ) -> Process: ...
+
+    def wait(self, process: Process, timeout: float | None = None) -> "ExitStatus": ...
+
+
+def run(sandbox: Runner, command: Command, timeout: float | None, phases: Phases) -> Outcome:
+    """Run `command` to its end, with our own stdin, stdout and stderr. `timeout` seconds are left for it.
+    Raises UserError when the machine ends instead.
+    """
+    argv = command.argv or (*sandbox.image_config.entrypoint, *sandbox.image_config.cmd)
+    if not argv and command.tty:
+        argv = ("/bin/sh",)
+    if not argv:
+        raise UserError("no command: give one behind --, as in vmrun run -- uname -a")
+    with _terminal(command.tty) as size:
+        try:
+            with phases.phase("start of the command"):
+                process = sandbox.exec(
+                    argv,
+                    env=_environment(command),
+                    cwd=command.workdir,
+                    user=command.user,
+                    tty=size,
+                    stdin=0,
+                    stdout=1,
+                    stderr=2,
+                )
+        except AgentRefused as error:
+            return Outcome(error.exit_code, str(error), started=False)
+        with phases.phase("command"), _signals(process) as asked:
+            return _wait(sandbox, process, timeout, asked)
+
+
+def _environment(command: Command) -> dict[str, str]:
+    given = dict(command.env)
+    if command.tty and "TERM" in os.environ:
+        given.setdefault("TERM", os.environ["TERM"])
+    return given
+
+
+class _Asked:
+    """Which signal asked the command to end, and until when it may take."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.deadline = float("inf")
+
+
+def _wait(sandbox: Runner, process: Process, timeout: float | None, asked: _Asked) -> Outcome:
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    while True:
+        left = min(deadline, asked.deadline) - time.monotonic()
+        if left <= 0 and asked.number:
+            name = signal.Signals(asked.number).name
+            return Outcome(128 + asked.number, f"did not end within {GRACE_SECONDS:g} s of {name}", own=True)
+        if left <= 0:
+            return Outcome(EXIT_TIMEOUT, f"timed out after {timeout:g} s", own=True)
+        try:
+            # In slices: a signal may bring the deadline forward.
+            status = sandbox.wait(process, min(left, LOOK_SECONDS))
+        except TimeoutError:
+            continue
+        break
+    if process.output_error is not None:
+        raise process.output_error
+    if status.out_of_memory:
+        return Outcome(EXIT_GUEST_MEMORY, "the guest ran out of memory: give it more with --mem", own=True)
+    if status.signal is not None:
+        return Outcome(status.exit_code, f"killed by {signal.Signals(status.signal).name}")
+    return Outcome(status.exit_code, f"exit code {status.exit_code}")
+
+
+@contextmanager
+def _signals(process: Process) -> Iterator[_Asked]:
+    """What is sent to us goes to the command."""
+    asked = _Asked()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if number in ENDING and not asked.number:
+            asked.number, asked.deadline = number, time.monotonic() + GRACE_SECONDS
+        try:
+            process.signal(number)
+        except AgentError:
+            pass  # it has ended, which is noticed elsewhere
+
+    def resized(number: int, frame: FrameType | None) -> None:
+        try:
+            process.resize(*_size())
+        except (AgentError, OSError):
+            pass
+
+    handlers = {number: forward for number in FORWARDED} | {signal.SIGWINCH: resized}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield asked
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+def _size() -> tuple[int, int]:
+    """Rows and columns of our terminal."""
+    size = os.get_terminal_size(0)
+    return size.lines, size.columns
+
+
+@contextmanager
+def _terminal(wanted: bool) -> Iterator[tuple[int, int] | None]:
+    """Our terminal's size, the terminal being raw meanwhile: what is typed is the guest's, Ctrl-C
+    included.
+    """
+    if not wanted:
+        yield None
+        return
+    import termios
+    import tty
+
+    if not os.isatty(0):
+        raise UserError("-t: stdin is not a terminal: leave -t out, for pipes")
+    before = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield _size()
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, before)
