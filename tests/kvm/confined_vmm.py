@@ -2,7 +2,7 @@
 
 The JSON has the machine's `name`, its `config` (keywords of MachineConfig) or the directory of a snapshot to
 `restore`, and maybe `terminal` (the console is stdin and stdout) and `fatal`: the name of a system call, or
-of one of `vmm_seccomp.IOCTLS`, that is taken out of the table and kills instead. The last line on stdout says
+of one of `vmm_seccomp.IOCTLS`, that is taken out of the table and kills instead. The last line on stderr says
 which layers could not be had and how the machine ended.
 """
 
@@ -84,7 +84,8 @@ def main() -> None:
             config = MachineConfig(**given)
         console = stack.enter_context(Console()) if words.get("terminal") else None
         outcome = session.run(config, name=words["name"], timeout=60, console=console, saved=saved)
-    print(json.dumps({"refused": refused, "code": outcome.code, "reason": outcome.reason}))
+    answer = {"refused": refused, "code": outcome.code, "reason": outcome.reason}
+    print(json.dumps(answer), file=sys.stderr)
 
 
 if __name__ == "__main__":

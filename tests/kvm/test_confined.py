@@ -81,9 +81,9 @@ def running(**words: Any) -> Iterator[Vmm]:
 
 
 def result(process: Vmm) -> dict[str, Any]:
-    output, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    answer: dict[str, Any] = json.loads(output.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(errors.splitlines()[-1])
     return answer
 
 

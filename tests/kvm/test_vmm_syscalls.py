@@ -1,4 +1,6 @@
-"""No entry of a confined VMM's table is there for nothing: each one, made fatal, kills a VMM at everyday work."""
+"""No entry of a confined VMM's table is there for nothing: each one, made fatal, kills a VMM at everyday
+work.
+"""
 
 import json
 import os
@@ -20,7 +22,6 @@ from tests.conformance.machines import Devices
 from tests.kvm.test_confined import ECHO, NAME, VMM, base, disk, expect
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
-from vmrun.errors import EXIT_PANIC, EXIT_VMM
 from vmrun.host.check import kvm_flavour
 from vmrun.machine import vmm_seccomp
 
@@ -66,7 +67,8 @@ WORK_OF = {rule: work for work, rules in WORK.items() for rule in rules}
 # What only other hosts or moments need: another C library, a clock the vDSO cannot tell, a stopped process
 # that goes on in the middle of a timed wait, a heap that grew.
 NOT_HERE = {"clock_gettime", "restart_syscall", "mremap", "brk", "lseek"}
-ONLY_SOFTWARE = {*WORK["software"], *WORK["unknown"]}
+WORK_ON_SOFTWARE = ("software", "unknown")
+ONLY_SOFTWARE = {rule for work in WORK_ON_SOFTWARE for rule in WORK[work]}
 
 NAMES = [entry.name for entry in vmm_seccomp.allowed(0) if entry.name not in {"ioctl", *NOT_HERE}]
 NAMES += [name for name, _, _ in vmm_seccomp.IOCTLS]
@@ -232,20 +234,24 @@ def serve_clients(process: subprocess.Popen[bytes]) -> None:
         client.stop(force=True)
 
 
+# How each ends when nothing is fatal.
 EXPECTED = {
-    "clients": 0,
-    "devices": 0,
-    "software": 0,
-    "unknown": 0,
-    "terminal": 0,
-    "restore": 0,
-    "stuck": 0,
+    "clients": "stopped by force",
+    "devices": "the guest wrote 0 to its debug exit",
+    "software": "vCPU 0 triple-faulted",
+    "unknown": "vCPU 0: KVM cannot emulate the instruction",
+    "terminal": "stopped from the console",
+    "restore": "stopped by force",
+    "stuck": "stopped by force",
 }
 
 
 @pytest.mark.parametrize("work", EXPECTED)
-def test_everyday_work(work: str, works: dict[str, Work]) -> None:
-    assert works[work](None) == EXPECTED[work]
+def test_everyday_work(work: str, works: dict[str, Work], capsys: pytest.CaptureFixture[str]) -> None:
+    if work in WORK_ON_SOFTWARE and kvm_flavour() != "pvm":
+        return  # done on other hosts only
+    assert works[work](None) == 0
+    assert EXPECTED[work] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,9 +9,8 @@ from devices.virtio.device import VIRTIO_F_VERSION_1, QueueConfig
 from devices.vhost.frontend import VhostUserDevice
 from tests.unit.vhost_toy import ToyDriver, ToyEvents, readable
 
-FUSE_LOOKUP, FUSE_SETATTR, FUSE_SYMLINK, FUSE_MKNOD = 1, 4, 6, 8
-FUSE_OPEN, FUSE_READ, FUSE_WRITE, FUSE_INIT, FUSE_CREATE = 14, 15, 16, 26, 35
-FUSE_READLINK = 5
+FUSE_LOOKUP, FUSE_SYMLINK, FUSE_MKNOD, FUSE_OPEN, FUSE_READ, FUSE_WRITE = 1, 6, 8, 14, 15, 16
+FUSE_INIT, FUSE_CREATE = 26, 35
 IN_HEADER = struct.Struct("<IIQQIIII")  # len, opcode, unique, nodeid, uid, gid, pid, padding
 OUT_HEADER = struct.Struct("<IiQ")  # len, error, unique
 ROOT_NODE = 1
@@ -70,9 +69,14 @@ class FuseClient:
         (node,) = struct.unpack_from("<Q", self.ask(FUSE_LOOKUP, parent, name.encode() + b"\0"))
         return int(node)
 
-    def read(self, name: str) -> bytes:
+    def open(self, name: str, flags: int) -> tuple[int, int]:
+        """The node and the handle."""
         node = self.lookup(name)
-        (handle,) = struct.unpack_from("<Q", self.ask(FUSE_OPEN, node, struct.pack("<II", os.O_RDONLY, 0)))
+        (handle,) = struct.unpack_from("<Q", self.ask(FUSE_OPEN, node, struct.pack("<II", flags, 0)))
+        return node, int(handle)
+
+    def read(self, name: str) -> bytes:
+        node, handle = self.open(name, os.O_RDONLY)
         return self.ask(FUSE_READ, node, struct.pack("<QQIIQII", handle, 0, 2048, 0, 0, 0, 0))
 
     def write(self, name: str, data: bytes) -> None:

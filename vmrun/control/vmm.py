@@ -26,12 +26,16 @@ STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main
 @dataclass(frozen=True, slots=True)
 class VmmRequest:
     """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
-    disks, whose writes are thrown away, and cards, unless `nics` are others. `timeout` is in seconds.
+    disks and cards, unless `disks` are where these were moved to, or `nics` are others. `throw_away`: what it
+    writes to them is forgotten. `hold`: it stays paused. `timeout` is in seconds.
     """
 
     config: MachineConfig | None = None
     snapshot: Path | None = None
+    disks: tuple[Path, ...] = ()
     nics: "tuple[NicConfig, ...]" = ()
+    throw_away: bool = True
+    hold: bool = False
     name: str | None = None
     timeout: float | None = None
 
@@ -46,8 +50,8 @@ class VmmRequest:
             return outcome.code, outcome.reason
         from vmrun.snapshot.restore import Snapshot
 
-        with Snapshot(self.snapshot) as saved:
-            config = saved.config(nics=self.nics, throw_away=True)
+        with Snapshot(self.snapshot, hold=self.hold) as saved:
+            config = saved.config(disks=self.disks, nics=self.nics, throw_away=self.throw_away)
             outcome = session.run(config, name=self.name, timeout=self.timeout, starter=starter, saved=saved)
         return outcome.code, outcome.reason
 
@@ -59,7 +63,10 @@ class VmmRequest:
         return {
             "config": None if self.config is None else describe_config(self.config),
             "snapshot": None if self.snapshot is None else os.fspath(self.snapshot),
+            "disks": [os.fspath(disk) for disk in self.disks],
             "nics": describe_config(carrier)["nics"],
+            "throw_away": self.throw_away,
+            "hold": self.hold,
             "name": self.name,
             "timeout": self.timeout,
         }
@@ -73,7 +80,10 @@ def parse_request(described: dict[str, Any]) -> VmmRequest:
     return VmmRequest(
         None if config is None else parse_config(config),
         None if snapshot is None else Path(snapshot),
+        tuple(Path(disk) for disk in described["disks"]),
         parse_config({"nics": described["nics"]}).nics,
+        described["throw_away"],
+        described["hold"],
         described["name"],
         described["timeout"],
     )

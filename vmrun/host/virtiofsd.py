@@ -26,7 +26,7 @@ from pathlib import Path
 from devices.worker.launcher import Worker
 from devices.worker.sandbox import package_root
 from vmrun.errors import EXIT_VMM, UserError
-from vmrun.host.virtiofsd_child import SANDBOX
+from vmrun.host.virtiofsd_child import LISTENER, SANDBOX
 
 # Where it is when it is not in PATH: what the files say that packages have there for this
 # (docs/interop/vhost-user.json of QEMU), then where distributions have put it.
@@ -34,7 +34,6 @@ BACKENDS = (Path("/etc/qemu/vhost-user"), Path("/usr/share/qemu/vhost-user"))
 PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
 
 PROBE_SECONDS = 10.0
-LISTENER = 3  # the descriptor of the socket in the child
 STUB = "import sys; sys.path[0:0] = [{root!r}]\nfrom vmrun.host.virtiofsd_child import main; main()"
 
 INSTEAD = "--copy-in HOST:GUEST copies instead"

@@ -31,6 +31,9 @@ PR_SET_PDEATHSIG = 1
 
 SANDBOX = "{sandbox}"  # a word of the command has it: only here is known which one can be
 
+LISTENER = 3  # the descriptor of virtiofsd's listening socket
+MAX_FD = 1 << 31 - 1
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -39,6 +42,7 @@ def main() -> None:
     directory, the command.
     """
     parent, mode, directory, *command = sys.argv[1:]
+    os.closerange(LISTENER + 1, MAX_FD)  # what vmrun itself was given by whoever started it
     try:
         sandbox = _prepare(directory, mode)
         # The last step, since a change of credentials takes it back.
