@@ -152,27 +152,35 @@ class OutboundFilter:
         self._rules = rules
         self.denied = 0
 
-    def allow(self, frame: bytes) -> bool:
-        allowed = self._judge(frame)
-        if not allowed:
+    def pass_on(self, frame: bytes) -> bytes:
+        """What of `frame` may be sent: the packet, without the padding behind it, which passt does not take;
+        or nothing.
+        """
+        size = self._judge(frame)
+        if not size:
             self.denied += 1
-        return allowed
+        return frame[:size]
 
-    def _judge(self, frame: bytes) -> bool:
+    def _judge(self, frame: bytes) -> int:
+        """How long the packet is with its Ethernet header, or 0."""
         kind = frame[12:ETHERNET_HEADER]
+        room = len(frame) - ETHERNET_HEADER
         if kind == ETHERTYPE_ARP:
-            return len(frame) >= ETHERNET_HEADER + ARP_SIZE and frame[14:20] == ARP_KIND
-        size = len(frame) - ETHERNET_HEADER
-        if kind != ETHERTYPE_IPV4 or size < IPV4_HEADER or frame[14] != PLAIN_IPV4:
-            return False
-        protocol = frame[23]
-        header = HEADERS.get(protocol)
+            good = room >= ARP_SIZE and frame[14:20] == ARP_KIND
+            return ETHERNET_HEADER + ARP_SIZE if good else 0
+        if kind != ETHERTYPE_IPV4 or room < IPV4_HEADER or frame[14] != PLAIN_IPV4:
+            return 0
+        header = HEADERS.get(frame[23])
         total = int.from_bytes(frame[16:18], "big")
         fragment = int.from_bytes(frame[20:22], "big")
-        if header is None or not IPV4_HEADER + header <= total <= size or fragment & ~DO_NOT_FRAGMENT:
-            return False
-        destination = frame[30:34]
-        if frame[26:30] != self._guest or destination == self._guest:
+        if header is None or not IPV4_HEADER + header <= total <= room or fragment & ~DO_NOT_FRAGMENT:
+            return 0
+        return ETHERNET_HEADER + total if self._may_go(frame) else 0
+
+    def _may_go(self, frame: bytes) -> bool:
+        """For a whole, plain packet."""
+        protocol, source, destination = frame[23], frame[26:30], frame[30:34]
+        if source != self._guest or destination == self._guest:
             return False
         port = ANY_PORT
         if protocol != ICMP:

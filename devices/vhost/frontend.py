@@ -342,7 +342,7 @@ class VhostUserDevice:
 
     def release(self) -> None:
         """Let the back end go, paused: it finishes, flushes and ends, and `restart` brings another one,
-        perhaps with another image. No failure is reported. Does not wait. """
+        perhaps with another image. No failure is reported. Does not wait."""
         with self._session:
             with self._state:
                 self._failed = True

@@ -68,6 +68,6 @@ class StreamNetDevice(NetDevice):
         return MORE
 
     def _write(self, frame: list[memoryview]) -> None:
-        private = b"".join(frame)
-        if self._outbound.allow(private):
-            self._stream.send(private)
+        packet = self._outbound.pass_on(b"".join(frame))
+        if packet:
+            self._stream.send(packet)

@@ -5,7 +5,8 @@
  *
  * It obeys lines on the console, each with a word that comes back in the answer:
  *   work | rest WORD     let the threads go on, or sleep
- *   status WORD          the counters, the wall clock, a random number, the card's address
+ *   clock WORD           the wall clock
+ *   status WORD          the counters, a random number, the card's address
  *   disc WORD            the hash of the disc's first bytes, from the drive
  *   end WORD             look through all blocks, tell the hashes of memory, and exit
  * With arguments, on the host: `snapshot_load CPU ROUNDS` prints the hash that memory must have after so many
@@ -246,7 +247,6 @@ static void status(const char *word, int cpus)
 {
 	char line[512], mac[32] = "none";
 	uint64_t number = 0;
-	struct timespec now;
 	int size, fd = open("/sys/class/net/eth0/address", O_RDONLY);
 
 	if (fd >= 0) {
@@ -257,11 +257,10 @@ static void status(const char *word, int cpus)
 	}
 	if (getrandom(&number, sizeof number, 0) != sizeof number)
 		failures++;
-	clock_gettime(CLOCK_REALTIME, &now);
 	size = snprintf(line, sizeof line,
-			"status %s time=%ld.%09ld random=%016lx mac=%s writes=%lu reads=%lu bad=%lu failures=%lu "
+			"status %s random=%016lx mac=%s writes=%lu reads=%lu bad=%lu failures=%lu "
 			"sent=%lu received=%lu doubled=%lu corrupt=%lu",
-			word, now.tv_sec, now.tv_nsec, number, mac, writes, reads, bad_blocks, failures, sent,
+			word, number, mac, writes, reads, bad_blocks, failures, sent,
 			received, doubled, corrupt);
 	for (int cpu = 0; cpu < cpus; cpu++)
 		size += snprintf(line + size, sizeof line - size, " cpu%d=%lu", cpu, rounds[cpu]);
@@ -294,6 +293,7 @@ int main(int count, char **arguments)
 	int cpus, others = 0;
 	char line[128], command[16], word[64];
 	struct termios terminal;
+	struct timespec now;
 
 	if (count == 3) {
 		struct memory *memory = new_memory(atoi(arguments[1]));
@@ -330,6 +330,9 @@ int main(int count, char **arguments)
 			puts("what?");
 		} else if (!strcmp(command, "status")) {
 			status(word, cpus);
+		} else if (!strcmp(command, "clock")) {
+			clock_gettime(CLOCK_REALTIME, &now);
+			printf("clock %s %ld.%09ld\n", word, now.tv_sec, now.tv_nsec);
 		} else if (!strcmp(command, "disc")) {
 			disc(word);
 		} else if (!strcmp(command, "work") || !strcmp(command, "rest")) {

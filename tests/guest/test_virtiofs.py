@@ -1,5 +1,5 @@
-"""Linux mounts directories of the host's: in a machine that boots with them, and in one made of a snapshot that
-has places for them.
+"""Linux mounts directories of the host's: in a machine that boots with them, and in one made of a snapshot
+that has places for them.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def use(shell: Shell, shares: dict[str, Path]) -> None:
     assert shell("echo there > /mnt/work/new") == (0, "")
     assert (work / "new").read_text() == "there\n"
     (work / "later").write_text("later\n")
-    assert shell("cat /mnt/work/later; rm /mnt/work/later; mkdir /mnt/work/d; mv /mnt/work/new /mnt/work/d") == (
+    assert shell(
+        "cat /mnt/work/later; rm /mnt/work/later; mkdir /mnt/work/d; mv /mnt/work/new /mnt/work/d"
+    ) == (
         0,
         "later\n",
     )
@@ -196,4 +198,3 @@ def test_a_clone_mounts_what_its_template_had_a_place_for(
 
         outcome = run(tmp_path, mounted, script, snapshot)
     assert outcome == Outcome(0, "all was said")
-

@@ -1,14 +1,16 @@
 """A VMM that confines itself, for tests to run as a process: `python confined_vmm.py JSON`.
 
 The JSON has the machine's `name`, its `config` (keywords of MachineConfig) or the directory of a snapshot to
-`restore`, and maybe `terminal` (the console is stdin and stdout) and `fatal`: the name of a system call, or
-of one of `vmm_seccomp.IOCTLS`, that is taken out of the table and kills instead. The last line on stderr says
-which layers could not be had and how the machine ended.
+`restore`, and maybe `terminal` (the console is stdin and stdout), `complete` (it ends when all of the
+snapshot's memory is in) and `fatal`: the name of a system call, or of one of `vmm_seccomp.IOCTLS`, that is
+taken out of the table and kills instead. The last line on stderr says which layers could not be had and how
+the machine ended.
 """
 
 import json
 import os
 import sys
+import threading
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -56,6 +58,13 @@ def make_fatal(name: str) -> None:
     vmm_seccomp.allowed = lambda pid: tuple(entry for entry in table(pid) if entry.name != name)
 
 
+def complete(machine: Machine) -> None:
+    """Have all of a snapshot's memory brought in."""
+    assert machine.lazy is not None
+    machine.lazy.complete()
+    machine.end(0, "all memory is in")
+
+
 def main() -> None:
     words = json.loads(sys.argv[1])
     if "fatal" in words:
@@ -67,6 +76,8 @@ def main() -> None:
     def attend_and_confine(self: session._Lives, machine: Machine) -> None:
         attend(self, machine)
         refused.extend(confine.confine(machine))
+        if words.get("complete"):
+            machine.loop.call_soon(threading.Thread(target=complete, args=(machine,)).start)
 
     session._Lives._attend = attend_and_confine  # type: ignore[method-assign]
     runtime.RuntimeDirectory.release = lambda self, outcome=None: self.abandon()  # type: ignore[method-assign]

@@ -5,8 +5,8 @@ import os
 import struct
 
 from devices.memory import GuestMemory
-from devices.virtio.device import VIRTIO_F_VERSION_1, QueueConfig
 from devices.vhost.frontend import VhostUserDevice
+from devices.virtio.device import VIRTIO_F_VERSION_1, QueueConfig
 from tests.unit.vhost_toy import ToyDriver, ToyEvents, readable
 
 FUSE_LOOKUP, FUSE_SYMLINK, FUSE_MKNOD, FUSE_OPEN, FUSE_READ, FUSE_WRITE = 1, 6, 8, 14, 15, 16

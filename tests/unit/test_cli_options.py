@@ -6,9 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmrun.cli.options import parse_disk, parse_duration, parse_nic, parse_size, split_commas
+from vmrun.cli.options import (
+    MountOption,
+    parse_disk,
+    parse_duration,
+    parse_mount,
+    parse_nic,
+    parse_size,
+    split_commas,
+)
 from vmrun.errors import EXIT_USAGE, UserError
-from vmrun.machine.config import DiskConfig, NicConfig
+from vmrun.machine.config import DiskConfig, Mount, NicConfig
 
 
 @given(st.lists(st.text(st.sampled_from("ab,="), min_size=1).filter(lambda part: part[0] != ","), min_size=1))
@@ -105,3 +113,38 @@ def test_durations(text: str, seconds: float) -> None:
 def test_bad_durations(text: str) -> None:
     with pytest.raises(UserError, match=r"^--timeout "):
         parse_duration("--timeout", text)
+
+
+def test_mounts(tmp_path: Path) -> None:
+    source = tmp_path / "a:b"
+    source.mkdir()
+    assert parse_mount(f"{source}:/src") == MountOption(source, "/src")
+    assert parse_mount(f"{source}:/src:rw") == MountOption(source, "/src")
+    fixed = parse_mount(f"{source}:/srv/src:ro")
+    assert fixed == MountOption(source, "/srv/src", read_only=True)
+    assert fixed.config("tag") == Mount(source, "tag", read_only=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "give a directory and where"),
+        ("{}", "give a directory and where"),
+        (":/src", "give a directory and where"),
+        ("{}:", "give a directory and where"),
+        ("{}:ro", "give a directory and where"),
+        ("{}:src", "give a directory and where"),
+        ("{}:/src:rx", "give a directory and where"),
+        ("{}:/", "is no path in the guest"),
+        ("{}://", "is no path in the guest"),
+        ("{}:/a/../b", "is no path in the guest"),
+        ("{}:/" + "a" * 4095, "is no path in the guest"),
+        ("{}/none:/src", "none is not there"),
+        ("{}/file:/src:ro", "file is not a directory: .*--copy-in"),
+    ],
+)
+def test_bad_mounts(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=rf"^--mount .*{message}") as caught:
+        parse_mount(text.format(tmp_path))
+    assert caught.value.code == EXIT_USAGE

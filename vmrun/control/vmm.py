@@ -27,7 +27,8 @@ STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main
 class VmmRequest:
     """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
     disks and cards, unless `disks` are where these were moved to, or `nics` are others. `throw_away`: what it
-    writes to them is forgotten. `hold`: it stays paused. `timeout` is in seconds.
+    writes to them is forgotten. `hold`: it stays paused. `greet`: its guest is told who it is now. `timeout`
+    is in seconds.
     """
 
     config: MachineConfig | None = None
@@ -36,6 +37,7 @@ class VmmRequest:
     nics: "tuple[NicConfig, ...]" = ()
     throw_away: bool = True
     hold: bool = False
+    greet: bool = True
     name: str | None = None
     timeout: float | None = None
 
@@ -50,7 +52,7 @@ class VmmRequest:
             return outcome.code, outcome.reason
         from vmrun.snapshot.restore import Snapshot
 
-        with Snapshot(self.snapshot, hold=self.hold) as saved:
+        with Snapshot(self.snapshot, hold=self.hold, greet=self.greet) as saved:
             config = saved.config(disks=self.disks, nics=self.nics, throw_away=self.throw_away)
             outcome = session.run(config, name=self.name, timeout=self.timeout, starter=starter, saved=saved)
         return outcome.code, outcome.reason
@@ -67,6 +69,7 @@ class VmmRequest:
             "nics": describe_config(carrier)["nics"],
             "throw_away": self.throw_away,
             "hold": self.hold,
+            "greet": self.greet,
             "name": self.name,
             "timeout": self.timeout,
         }
@@ -84,6 +87,7 @@ def parse_request(described: dict[str, Any]) -> VmmRequest:
         parse_config({"nics": described["nics"]}).nics,
         described["throw_away"],
         described["hold"],
+        described["greet"],
         described["name"],
         described["timeout"],
     )

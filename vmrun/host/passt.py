@@ -74,6 +74,18 @@ def host_name_server(files: tuple[str, ...] = RESOLVER_FILES) -> str | None:
     return loopback
 
 
+def _closings() -> list[tuple[int, int]]:
+    """Whoever started us may have left us descriptors that children inherit: not this one."""
+    closings = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if int(name) > STREAM and os.get_inheritable(int(name)):
+                closings.append((os.POSIX_SPAWN_CLOSE, int(name)))
+        except OSError:
+            pass  # that of the directory itself
+    return closings
+
+
 def _is_ipv4(text: str) -> bool:
     try:
         socket.inet_pton(socket.AF_INET, text)
@@ -136,7 +148,7 @@ class Passt:
                 path,
                 self._command(path),
                 {},
-                file_actions=[*null, *copies],
+                file_actions=[*null, *copies, *_closings()],
                 setsid=True,
                 setsigmask=(),
                 setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGPIPE],

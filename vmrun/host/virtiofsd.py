@@ -152,6 +152,18 @@ class Virtiofsd(Worker):
         self.directory = directory
         self.title = f"the virtiofsd of {directory}"
 
+    def poll(self) -> bool:
+        """As any worker's. In its sandbox it has a child that does the work, which ends with it as a rule,
+        but not while it waits for a file system that does not answer.
+        """
+        if self._end is None and os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            try:
+                # Not reaped, so its number is nobody else's, and its group's too (it began a session).
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        return super().poll()
+
 
 def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error)).lower()

@@ -39,7 +39,7 @@ def _describe(part: MachineConfig | DiskConfig | VhostUserDisk | NicConfig | Mou
         value = getattr(part, each.name)
         if isinstance(value, tuple):
             value = [
-                os.fspath(element) if isinstance(element, os.PathLike) else _describe(element)
+                os.fspath(element) if isinstance(element, str | os.PathLike) else _describe(element)
                 for element in value
             ]
         elif isinstance(value, bytes):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from devices.vhost.frontend import VhostUserDevice
     from devices.virtio.console_ports import Port
     from vmrun.boot.firmware import Firmware
+    from vmrun.machine.ports import PortLink
     from vmrun.machine.workers import SupervisedWorker
     from vmrun.snapshot.memory_file import OpenMemory
     from vmrun.snapshot.pager import LazyRam
@@ -85,10 +86,16 @@ class Savable(Protocol):
 
 
 class SavedMachine(Protocol):
-    """What a snapshot knows of a machine; `vmrun.snapshot.restore` has it. `hold`: it stays paused."""
+    """What a snapshot knows of a machine; `vmrun.snapshot.restore` has it. `hold`: it stays paused. `greet`:
+    its guest is told who it is now; `macs` are those it knows its cards by.
+    """
 
     hold: bool
+    greet: bool
     memory: OpenMemory
+
+    @property
+    def macs(self) -> Sequence[str]: ...
 
     def cpuid(self, cpu: dict[str, Any]) -> list[list[abi.kvm_cpuid_entry2]]:
         """The leaves of each vCPU. UserError when the guest cannot go on with `cpu`, the processor here."""
@@ -387,6 +394,16 @@ class Machine:
             self.end(EXIT_VMM, error)
         elif self._saved is not None and not self._saved.hold:
             self.pause.resume()
+
+    def greet(self, links: Sequence[PortLink]) -> None:
+        """Tell a restored guest who it is now, once it runs, if it has an agent. `links` are its ports'."""
+        saved = self._saved
+        link = next((link for link in links if link.port.guest_open), None)
+        if saved is None or not saved.greet or link is None:
+            return
+        from vmrun.snapshot.greeting import Greeting
+
+        Greeting(self.loop, link, list(zip(saved.macs, self.macs(), strict=True)))
 
     def halt(self) -> None:
         """Memory is lost: have the vCPUs leave the guest, and nobody use what they would read. Any thread; it

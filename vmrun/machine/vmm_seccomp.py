@@ -35,6 +35,7 @@ IOCTLS = (
     ("KVM_SET_VCPU_EVENTS", abi.KVM_SET_VCPU_EVENTS, "an exception is pushed, on a KVM without VMX or SVM"),
     ("KVM_GET_XSAVE", abi.KVM_GET_XSAVE, "XSAVE is carried out, on a KVM without VMX or SVM"),
     ("KVM_SET_XSAVE", abi.KVM_SET_XSAVE, "XRSTOR is carried out, on a KVM without VMX or SVM"),
+    ("KVM_GET_XCRS", abi.KVM_GET_XCRS, "what of it the guest has enabled, on a KVM without VMX or SVM"),
     ("KVM_GET_MSRS", abi.KVM_GET_MSRS, "SYSCALL's registers are read, on a KVM without VMX or SVM"),
     ("KVM_SET_MSRS", abi.KVM_SET_MSRS, "a filtered WRMSR is carried out, on a KVM without VMX or SVM"),
     ("KVM_SET_GUEST_DEBUG", abi.KVM_SET_GUEST_DEBUG, "SYSCALL is finished, on a KVM without VMX or SVM"),
@@ -46,9 +47,8 @@ IOCTLS = (
     ("UFFDIO_UNREGISTER", UFFDIO_UNREGISTER, "all of a snapshot's memory is in"),
     ("FIONBIO", termios.FIONBIO, "a client's socket becomes non-blocking"),
     ("FIONREAD", termios.FIONREAD, "whether a client that went left something unread"),
-    ("TCGETS", termios.TCGETS, "whether the console is a terminal; its mode, before another is set"),
-    ("TCSETS", termios.TCSETS, "the terminal is made raw again after a stop, and put back at the end"),
-    ("TIOCGPGRP", termios.TIOCGPGRP, "whether vmrun is in the terminal's foreground"),
+    ("TCGETS", termios.TCGETS, "the terminal's mode is read, before it is put back at the end"),
+    ("TCSETS", termios.TCSETS, "the terminal's mode is put back at the end"),
 )
 
 
@@ -112,7 +112,6 @@ def allowed(pid: int) -> tuple[Allow, ...]:
         Allow("gettid", 186, "CPython, in a new thread"),
         Allow("getpid", 39, "status tells it; cannot fail, so nobody checks"),
         Allow("geteuid", 107, "whose clients are let in; cannot fail, so nobody checks"),
-        Allow("getpgrp", 111, "whether vmrun is in the terminal's foreground"),
         Allow("tgkill", 234, "a vCPU is kicked out of the guest", Condition(0, (pid,))),
         Allow("pidfd_send_signal", 424, "a worker is ended: it holds the pidfds of no others"),
         Allow("waitid", 247, "a worker has ended"),

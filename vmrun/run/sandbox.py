@@ -10,6 +10,7 @@ nothing. Methods may be called from any thread.
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,6 +31,7 @@ from vmrun.image import resolve
 from vmrun.image.config import ImageConfig
 from vmrun.machine.config import MIB, DiskConfig, NicConfig
 from vmrun.run import templates
+from vmrun.run.ending import SandboxEnded, last_words, log_directories
 from vmrun.run.guest import ANSWER_SECONDS, BOOT_SECONDS, connect, find_parts, machine_config
 from vmrun.run.phases import Phases
 from vmrun.run.spec import DEFAULT_MEMORY, SandboxSpec
@@ -41,16 +43,8 @@ T = TypeVar("T")
 Start = Callable[[vmm.VmmRequest], Owned]
 
 OUTPUT_LIMIT = 64 * MIB  # bytes of each stream that `run` keeps
-CONSOLE_BYTES = 4096  # of the console are told when a machine ends unasked
 END_SECONDS = 5.0  # between the end of a guest and that of its machine
-
-
-class SandboxEnded(UserError):
-    """The machine ended while something was to be done in it. `console` is what it printed last."""
-
-    def __init__(self, code: int, reason: str, console: str) -> None:
-        super().__init__(reason, code)
-        self.console = console
+KILL_SECONDS = 30.0  # for the guest to end what it was told to kill
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +113,10 @@ class Sandbox:
         else:
             with self.phases.phase("template"):
                 key = templates.key(spec, found, parts)
-                template = templates.find_or_make(key, spec, found, parts, start, teller)
-            request = vmm.VmmRequest(snapshot=template.snapshot, nics=spec.nics, name=name, timeout=timeout)
+                template = templates.find_or_make(key, spec, found, parts, teller)
+            request = vmm.VmmRequest(
+                snapshot=template.snapshot, nics=spec.nics, greet=False, name=name, timeout=timeout
+            )
         self._nics = spec.nics
         self._begin(request, start, found.config, BOOT_SECONDS if fresh else ANSWER_SECONDS)
 
@@ -133,11 +129,14 @@ class Sandbox:
         self._start = start
         self.keep_logs = False
         self._closed = False
+        self._closing, self._asking, self._forking = threading.Lock(), threading.Lock(), threading.Lock()
         with ExitStack() as stack:
+            # Its logs come to their last place when the machine ends, so they are looked for after that.
+            stack.callback(self._forget_logs)
             with self.phases.phase("machine"):
+                self.name = ""
                 self._owned = stack.enter_context(start(request))
                 self.name = self._owned.wait_until_running()
-            stack.callback(self._forget_logs)
             with self.phases.phase("agent"):
                 self._session = self._in_guest(lambda: connect(self._owned, seconds))
             stack.callback(self._session.close)
@@ -151,6 +150,8 @@ class Sandbox:
         try:
             return do()
         except (AgentGone, UserError) as error:
+            if self._closed:
+                raise UserError("the sandbox is closed") from None
             ended = self._ending()
             if ended is not None:
                 raise ended from None
@@ -160,40 +161,28 @@ class Sandbox:
 
     def _ending(self) -> SandboxEnded | None:
         deadline = time.monotonic() + END_SECONDS
-        while self._owned.alive():
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.01)
-        code, reason = self._owned.wait()
+        with self._asking:
+            while self._owned.alive():
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(0.01)
+            code, reason = self._owned.wait()
         return SandboxEnded(code or EXIT_VMM, reason, self.console())
 
     def console(self) -> str:
         """What the guest printed on its console last."""
-        for directory in (self._runtime, self._kept_logs):
-            try:
-                text = (directory / runtime.CONSOLE_LOG).read_bytes()[-CONSOLE_BYTES:]
-            except OSError:
-                continue
-            return text.decode("utf-8", "replace")
-        return ""
-
-    @property
-    def _runtime(self) -> Path:
-        return runtime.base_directory() / self.name
-
-    @property
-    def _kept_logs(self) -> Path:
-        return runtime.base_directory() / runtime.ENDED / self.name
+        return last_words(self.name)
 
     @property
     def console_log(self) -> Path:
         """All of that, up to some MiB: a file, kept after the end when `keep_logs` is set before it."""
-        kept = self._kept_logs / runtime.CONSOLE_LOG
-        return kept if kept.exists() else self._runtime / runtime.CONSOLE_LOG
+        now, kept = log_directories(self.name)
+        directory = kept if kept.is_dir() else now
+        return directory / runtime.CONSOLE_LOG
 
     def _forget_logs(self) -> None:
-        if not self.keep_logs:
-            shutil.rmtree(self._kept_logs, ignore_errors=True)
+        if not self.keep_logs and self.name:
+            shutil.rmtree(log_directories(self.name)[1], ignore_errors=True)
 
     def run(
         self,
@@ -284,16 +273,18 @@ class Sandbox:
             directory = stack.enter_context(cache.scratch("fork")) / "snapshot"
             with MachineClient(self.name) as machine:
                 machine.snapshot(directory)
-            request = vmm.VmmRequest(snapshot=directory)
+            request = vmm.VmmRequest(snapshot=directory, greet=False)
             other._begin(request, self._start, self.image_config, ANSWER_SECONDS)
             self._stack.push(stack.pop_all())
         return other
 
     def close(self) -> None:
         """End the machine, and leave nothing of it. A second call does nothing."""
-        if not self._closed:
-            self._closed = True
+        with self._closing:
+            if self._closed:
+                return
             self.memory_used = self._memory_used()
+            self._closed = True
             self._stack.close()
             self.cpu_seconds = self._owned.cpu_seconds
 

@@ -8,8 +8,9 @@ and the old one is only a directory that `vmrun template rm` removes. Nothing of
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import vmrun
 from vmrun.agent.protocol import AgentError
-from vmrun.control import vmm
+from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_VMM, UserError
 from vmrun.guestkit import cache
@@ -25,6 +26,7 @@ from vmrun.guestkit.progress import Progress
 from vmrun.host.check import cpu_flags, kvm_flavour
 from vmrun.image.config import Image
 from vmrun.machine.config_json import describe_config
+from vmrun.run.ending import SandboxEnded, last_words
 from vmrun.run.guest import BOOT_SECONDS, Parts, connect, machine_config
 from vmrun.run.spec import SandboxSpec
 from vmrun.snapshot.manifest import FORMAT
@@ -37,8 +39,6 @@ SNAPSHOT = "snapshot"
 FACTS = "template.json"
 SAME = ("image", "kernel", "memory", "cpus", "nics")  # facts of two templates of which one is out of date
 STATE_MODULES = ("devices", "vmrun/machine", "vmrun/kvm", "vmrun/snapshot")
-
-Start = Callable[[vmm.VmmRequest], "Owned"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def remove(name: str) -> bool:
 
 
 def find_or_make(
-    name: str, spec: SandboxSpec, image: Image, parts: Parts, start: Start, progress: Progress
+    name: str, spec: SandboxSpec, image: Image, parts: Parts, progress: Progress
 ) -> Template:
     """The template `name`, made first if need be: that boots a machine. Raises UserError and OSError."""
     found = find(name)
@@ -150,7 +150,7 @@ def find_or_make(
     def make(into: Path) -> None:
         progress.step("making a template: the first run with this image, kernel and size boots a machine")
         began = time.monotonic()
-        _make(into, spec, image, parts, start)
+        _make(into, spec, image, parts)
         facts = {
             "image": spec.image if spec.image == "kit" else os.path.abspath(spec.image),
             "kernel": os.fspath(spec.kernel) if spec.kernel is not None else "kit",
@@ -173,9 +173,12 @@ def find_or_make(
     return made
 
 
-def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, start: Start) -> None:
+def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts) -> None:
     with ExitStack() as stack:
-        owned = stack.enter_context(start(vmm.VmmRequest(config=machine_config(spec, image, parts))))
+        # Not by a fork: whoever makes templates may have threads, if only for a progress bar.
+        owned = vmm.spawn(vmm.VmmRequest(config=machine_config(spec, image, parts)))
+        stack.callback(_forget_logs, owned)
+        stack.enter_context(owned)
         owned.wait_until_running()
         with _ended_instead(owned):
             session = stack.enter_context(connect(owned, BOOT_SECONDS))
@@ -187,13 +190,20 @@ def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, start: Star
                 machine.snapshot(into / SNAPSHOT, end=True)
 
 
+def _forget_logs(owned: "Owned") -> None:
+    if owned.name:
+        shutil.rmtree(runtime.base_directory() / runtime.ENDED / owned.name, ignore_errors=True)
+
+
 @contextmanager
 def _ended_instead(owned: "Owned") -> Iterator[None]:
-    """Why the machine ended is a better reason than that it did not answer."""
+    """Why the machine ended is a better reason than that it did not answer; what it printed is the best."""
     try:
         yield
     except (AgentError, UserError) as error:
-        if owned.alive():
-            raise UserError(f"no template: {error}", EXIT_VMM) from None
-        code, reason = owned.wait()
-        raise UserError(f"no template: {reason}", code or EXIT_VMM) from None
+        code, reason = EXIT_VMM, str(error)
+        if isinstance(error, UserError):
+            code = error.code
+        if not owned.alive():
+            code, reason = owned.wait()
+        raise SandboxEnded(code or EXIT_VMM, f"no template: {reason}", last_words(owned.name)) from None

@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 class Snapshot:
     """An open snapshot: a context manager. `vmrun.machine.machine.SavedMachine` for machines made of it.
 
-    `hold`: the machine is to stay paused. `prefetch`: all its memory is brought in, touched or not.
+    `hold`: the machine is to stay paused. `greet`: its guest is told of its new identity; without, somebody
+    else does that. `prefetch`: all its memory is brought in, touched or not.
     """
 
-    def __init__(self, directory: Path, *, hold: bool = False, prefetch: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, hold: bool = False, prefetch: bool = False, greet: bool = True
+    ) -> None:
         """UserError when it is none, is damaged, or is another version's."""
         self.directory = directory.absolute()
         self.hold = hold
+        self.greet = greet
         self.manifest = manifest.read(self.directory)
         self.state = manifest.read_state(self.directory, self.manifest)
         self._prefetch = prefetch
@@ -52,6 +56,11 @@ class Snapshot:
         except (UserError, ValueError, TypeError) as error:
             raise self._damaged(str(error)) from None
         self.memory = open_memory(self.directory / manifest.MEMORY, facts)
+
+    @property
+    def macs(self) -> list[str]:
+        """Those that the guest knows its cards by."""
+        return self.manifest.macs
 
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self.directory / manifest.MANIFEST}: damaged: {why}", EXIT_IMAGE)
