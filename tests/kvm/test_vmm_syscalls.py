@@ -31,9 +31,9 @@ pytestmark = pytest.mark.slow
 Kernel = Callable[[str], Path]
 Work = Callable[[str | None], int]
 
-# What a KVM without VMX or SVM leaves to us: the entry of system calls is set, and execution goes there, where
-# nothing is mapped, as if by one; the handler of that page fault saves and loads vector state; and there is no
-# handler for the breakpoint.
+# What a KVM without VMX or SVM leaves to us: the entry of system calls is set, and execution goes there, as if
+# by one, where nothing is mapped; the handler of that page fault saves and loads vector state; and there is
+# no handler for the breakpoint.
 SOFTWARE = """
     mov rdi, 0x300000
     lea rax, handler[rip]
@@ -66,7 +66,7 @@ UNKNOWN = "mov rdi, 0x300000; .byte 0x66, 0x0f, 0x38, 0x00, 0x07"
 WORK = {
     "devices": (
         *("KVM_IRQFD", "KVM_IOEVENTFD", "KVM_SET_GSI_ROUTING", "KVM_IRQ_LINE", "eventfd2", "getrandom"),
-        *("recvmsg", "sendmsg", "fcntl"),
+        *("recvmsg", "sendmsg"),
     ),
     "software": (
         *("KVM_GET_VCPU_EVENTS", "KVM_SET_VCPU_EVENTS", "KVM_GET_XSAVE", "KVM_SET_XSAVE", "KVM_GET_XCRS"),
@@ -79,8 +79,8 @@ WORK = {
 }
 WORK_OF = {rule: work for work, rules in WORK.items() for rule in rules}
 
-# What only other hosts or moments need: another C library (fstat), a clock the vDSO cannot tell, a stopped process
-# that goes on in the middle of a timed wait, a heap that grew.
+# What only other hosts or moments need: another C library (fstat), a clock the vDSO cannot tell, a stopped
+# process that goes on in the middle of a timed wait, a heap that grew, standard output that is a file.
 NOT_HERE = {"fstat", "clock_gettime", "restart_syscall", "mremap", "brk", "lseek"}
 WORK_ON_SOFTWARE = ("software", "unknown")
 ONLY_SOFTWARE = {rule for work in WORK_ON_SOFTWARE for rule in WORK[work]}

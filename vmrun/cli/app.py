@@ -58,6 +58,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "pause": "machines",
         "resume": "machines",
         "snapshot": "snapshot",
+        "resize": "machines",
     },
     "Disk images": {"disk": "disk", "image": "image"},
     "This host": {"doctor": "doctor", "guest": "guest", "worker": "worker"},

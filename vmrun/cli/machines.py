@@ -263,3 +263,22 @@ def duration(count: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{whole % 60:02}"
     return f"{minutes}:{whole % 60:02}" if minutes else f"{whole}s"
+
+
+def resize(
+    name: Annotated[str, Argument(metavar="NAME", help="The machine.")],
+    disk: Annotated[str, Argument(metavar="DISK", help="Which disk: vda or 0 is the first.")],
+    size: Annotated[str, Argument(metavar="SIZE", help="What it is to have, as in 20G; no less than now.")],
+) -> int:
+    """Make a disk of a running machine larger; the guest sees it grow."""
+    from vmrun.cli.options import parse_size
+    from vmrun.control.client import MachineClient
+
+    number = ord(disk[2]) - ord("a") if len(disk) == 3 and disk.startswith("vd") else -1
+    if disk.isascii() and disk.isdecimal():
+        number = int(disk)
+    if not 0 <= number < 26:
+        raise UserError(f"{disk}: which disk? vda or 0 is the first, vdb or 1 the second")
+    with MachineClient(name) as machine:
+        machine.resize(number, parse_size("SIZE", size))
+    return 0

@@ -57,7 +57,6 @@ def build(
     """Make a template before it is needed, with the options of the runs to come. Prints its name."""
     from vmrun.cli import options
     from vmrun.cli.progress import progress
-    from vmrun.control import vmm
     from vmrun.image import resolve
     from vmrun.run import templates
     from vmrun.run.guest import find_parts
@@ -67,7 +66,7 @@ def build(
     with progress() as teller:
         found, parts = resolve(image, teller), find_parts()
         key = templates.key(spec, found, parts)
-        template = templates.find_or_make(key, spec, found, parts, vmm.fork, teller)
+        template = templates.find_or_make(key, spec, found, parts, teller)
     print(template.key)
     return 0
 

@@ -118,6 +118,10 @@ class MachineClient:
     def resume(self) -> None:
         self._ask("resume")
 
+    def resize(self, disk: int, size: int) -> None:
+        """Let disk `disk`, counted from 0, have `size` bytes, more than before. The guest is told."""
+        self._receive(self._send("resize", disk=disk, size=size), None)
+
     def snapshot(self, directory: Path, *, end: bool = False) -> "Saved":
         """Write a snapshot of the machine to `directory`, which must not exist. It is paused meanwhile, and
         goes on, or is to `end`. Returns when the snapshot is there; that takes longer for more memory.

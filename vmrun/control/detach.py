@@ -10,6 +10,7 @@ in the other direction, whose end tells the VMM that its owner is gone, whatever
 import json
 import os
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import IO, TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from vmrun.errors import EXIT_VMM, UserError
 
 if TYPE_CHECKING:
     from subprocess import Popen
+
+END_SECONDS = 20.0  # for a VMM to end in order; it takes milliseconds
 
 
 class Detached:
@@ -160,18 +163,22 @@ class Owned:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def alive(self) -> bool:
-        """Whether the VMM has not ended."""
+    def alive(self, seconds: float = 0.0) -> bool:
+        """Whether the VMM has not ended, and does not within `seconds`."""
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return not poll.poll(int(seconds * 1000))
 
     def close(self) -> None:
-        """Have the machine ended, if it runs, and wait for that."""
+        """Have the machine ended, if it runs, and wait for that. A VMM that does not end, because it is
+        stopped or hangs, is killed.
+        """
         if self._owner_fd >= 0:
             os.close(self._owner_fd)
             self._owner_fd = -1
             self._pipe.close()
+            if self.alive(END_SECONDS):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             if self._reaper is None:
                 _, _, usage = os.wait4(self.pid, 0)
                 self.cpu_seconds = usage.ru_utime + usage.ru_stime

@@ -30,7 +30,7 @@ from vmrun.control.protocol import (
     response,
 )
 from vmrun.control.runtime import RuntimeDirectory, bounded_socket_path
-from vmrun.errors import EXIT_USAGE, EXIT_VMM, UserError
+from vmrun.errors import EXIT_IMAGE, EXIT_USAGE, EXIT_VMM, UserError
 from vmrun.host.console_hub import ConsoleHub
 from vmrun.machine.loop import EventLoop
 
@@ -39,6 +39,9 @@ MAX_PENDING = 16  # requests of one client that wait for something
 STREAM_LIMIT = 4 << 20  # bytes held for a slow reader of the console: more than the log can have
 READ_SIZE = 1 << 14
 ACCEPT_AGAIN_SECONDS = 1.0
+MAX_DISKS = 31
+MAX_DISK_SIZE = 1 << 62  # bytes
+
 FAREWELL_SECONDS = 2.0  # how long the end of the VMM may wait for clients to take what is theirs
 
 UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
@@ -53,6 +56,7 @@ class Controlled(Protocol):
     def reset(self) -> None: ...
     def pause(self, done: Callable[[str | None], None]) -> None: ...
     def resume(self) -> None: ...
+    def resize(self, disk: int, size: int, done: Callable[[str | None], None]) -> None: ...
     def snapshot(self, directory: Path, end: bool, done: Callable[[Message | UserError], None]) -> None: ...
 
 
@@ -206,6 +210,24 @@ class ControlServer:
         machine.resume()
         self.tell("resumed")
         client.answer(request.id, {"state": "running"})
+
+    def _resize(self, machine: Controlled, client: "Client", request: Request) -> None:
+        disk = request.number("disk", 0, MAX_DISKS)
+        size = request.number("size", 0, MAX_DISK_SIZE)
+        request.no_more()
+        client.begin(request.id)
+
+        def done(error: str | None) -> None:
+            if error is None:
+                client.answer(request.id, {"size": size})
+            else:
+                client.fail(request.id, error, EXIT_IMAGE)
+
+        try:
+            machine.resize(disk, size, done)
+        except UserError:
+            client.pending.discard(request.id)
+            raise
 
     def _snapshot(self, machine: Controlled, client: "Client", request: Request) -> None:
         directory = Path(request.text("directory"))
@@ -484,6 +506,7 @@ COMMANDS: dict[str, Handler] = {
     "reset": ControlServer._reset,
     "pause": ControlServer._pause,
     "resume": ControlServer._resume,
+    "resize": ControlServer._resize,
     "snapshot": ControlServer._snapshot,
     "wait": ControlServer._wait,
     "events": ControlServer._events,

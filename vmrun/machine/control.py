@@ -1,6 +1,7 @@
 """What the control socket may ask of a machine, done by `Machine`. VMM process, main loop."""
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,22 @@ class MachineControl:
         if self._saving.busy:
             raise UserError(f"a snapshot of {self._machine.config.name} is being made: it goes on by itself")
         self._machine.pause.resume()
+
+    def resize(self, disk: int, size: int, done: "Done") -> None:
+        """Let disk `disk` have `size` bytes, and tell `done`. It waits for the disk's worker: on a thread."""
+        machine = self._machine
+        if not 0 <= disk < len(machine.config.disks):
+            raise UserError(f"{machine.config.name} has no disk {disk}: it has {len(machine.config.disks)}")
+
+        def work() -> None:
+            error = None
+            try:
+                machine.resize_disk(disk, size)
+            except UserError as refusal:
+                error = str(refusal)
+            machine.loop.call_soon(lambda: done(error))
+
+        threading.Thread(target=work, name="resize", daemon=True).start()
 
     def snapshot(self, directory: Path, end: bool, done: "Told") -> None:
         """Write a snapshot, and tell `done` what came of it. The machine is paused for it, and goes on if it

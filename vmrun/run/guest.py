@@ -12,7 +12,7 @@ from vmrun.agent.protocol import AgentGone
 from vmrun.agent.session import AgentSession
 from vmrun.control import runtime
 from vmrun.control.detach import Owned
-from vmrun.errors import EXIT_IMAGE, EXIT_VMM, UserError
+from vmrun.errors import EXIT_IMAGE, EXIT_TIMEOUT, UserError
 from vmrun.guestkit.guest_agent import GuestAgent
 from vmrun.guestkit.guest_agent import find as find_agent
 from vmrun.guestkit.kit import GuestKit
@@ -80,7 +80,7 @@ def open_session(directory: Path, seconds: float) -> AgentSession:
         session.hello(seconds)
     except TimeoutError:
         session.close()
-        raise UserError(f"the agent in the guest does not answer within {seconds:g} s", EXIT_VMM) from None
+        raise UserError(f"the agent in the guest does not answer within {seconds:g} s", EXIT_TIMEOUT) from None
     except BaseException:
         session.close()
         raise

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -198,26 +198,21 @@ class Sandbox:
         """Run a command to its end. `limit` bytes of each of its streams are kept. CommandTimeout after
         `timeout` seconds; SandboxEnded when the machine ends.
         """
-        began = time.monotonic()
-        stdout, stderr = Capture(limit), Capture(limit)
+        with self.start(argv, input=input, env=env, cwd=cwd, user=user, limit=limit) as running:
+            return running.result(timeout)
 
-        def result(code: int, signal: int | None = None, out_of_memory: bool = False) -> Result:
-            cut = stdout.cut or stderr.cut
-            seconds = time.monotonic() - began
-            return Result(code, bytes(stdout.data), bytes(stderr.data), signal, out_of_memory, cut, seconds)
-
-        try:
-            process = self.exec(argv, env=env, cwd=cwd, user=user, stdin=input, stdout=stdout, stderr=stderr)
-        except AgentRefused as error:
-            stderr(f"{error}\n".encode())
-            return result(error.exit_code)
-        try:
-            status = self.wait(process, timeout)
-        except TimeoutError:
-            process.kill()
-            process.ended(END_SECONDS)
-            raise CommandTimeout(timeout or 0.0, result(EXIT_TIMEOUT)) from None
-        return result(status.exit_code, status.signal, status.out_of_memory)
+    def start(
+        self,
+        argv: Sequence[str | bytes],
+        *,
+        input: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        limit: int = OUTPUT_LIMIT,
+    ) -> "Running":
+        """Begin what `run` does, and return when the command has started, or could not be."""
+        return Running(self, argv, input, env, cwd, user, limit)
 
     def exec(
         self,
@@ -271,7 +266,7 @@ class Sandbox:
         with ExitStack() as stack:
             # Its disk lies there, below that of both.
             directory = stack.enter_context(cache.scratch("fork")) / "snapshot"
-            with MachineClient(self.name) as machine:
+            with self._forking, MachineClient(self.name) as machine:
                 machine.snapshot(directory)
             request = vmm.VmmRequest(snapshot=directory, greet=False)
             other._begin(request, self._start, self.image_config, ANSWER_SECONDS)
@@ -300,3 +295,71 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Running:
+    """A command of `Sandbox.start`. A context manager: what still runs then is killed."""
+
+    def __init__(
+        self,
+        sandbox: Sandbox,
+        argv: Sequence[str | bytes],
+        input: bytes | None,
+        env: Mapping[str, str] | None,
+        cwd: str | None,
+        user: str | None,
+        limit: int,
+    ) -> None:
+        self._sandbox = sandbox
+        self._began = time.monotonic()
+        self._stdout, self._stderr = Capture(limit), Capture(limit)
+        self._refused: AgentRefused | None = None
+        self._process: Process | None = None
+        try:
+            self._process = sandbox.exec(
+                argv, env=env, cwd=cwd, user=user, stdin=input, stdout=self._stdout, stderr=self._stderr
+            )
+        except AgentRefused as error:
+            self._refused = error
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for its end. CommandTimeout, and it is killed, after `timeout` seconds; SandboxEnded when the
+        machine ends.
+        """
+        if self._process is None:
+            refused = self._refused
+            return self._result(126 if refused is None else refused.exit_code, f"{refused}\n".encode())
+        try:
+            status = self._sandbox.wait(self._process, timeout)
+        except TimeoutError:
+            self.kill()
+            self._process.ended(KILL_SECONDS)
+            raise CommandTimeout(timeout or 0.0, self._result(EXIT_TIMEOUT)) from None
+        return replace(
+            self._result(status.exit_code), signal=status.signal, out_of_memory=status.out_of_memory
+        )
+
+    def kill(self) -> None:
+        """SIGKILL to all that the command has started. Nothing happens when it has ended."""
+        if self._process is not None:
+            try:
+                self._process.kill()
+            except AgentGone:
+                pass  # and it with the machine
+
+    def _result(self, code: int, said: bytes = b"") -> Result:
+        stdout, stderr = self._stdout, self._stderr
+        return Result(
+            code,
+            bytes(stdout.data),
+            bytes(stderr.data) + said,
+            cut=stdout.cut or stderr.cut,
+            seconds=time.monotonic() - self._began,
+        )
+
+    def __enter__(self) -> "Running":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
