@@ -152,8 +152,13 @@ def _lifeline(parent: int | None) -> None:
 
 
 def layers() -> list[tuple[str, str, bool]]:
-    """Every layer: (name, what it does, whether this host grants it), found by a process that enters the
-    sandbox.
+    """Every layer of a worker: see `granted`."""
+    return granted("devices.worker.sandbox", "enter((1,))", LAYERS)
+
+
+def granted(module: str, call: str, layers: tuple[tuple[str, str, bool], ...]) -> list[tuple[str, str, bool]]:
+    """Each of `layers` as (name, what it does, whether this host grants it), found by a process that makes
+    `call` in `module`, which returns those refused.
 
     For people who ask (the doctor command), in the VMM process. Takes the time of a worker's start.
     """
@@ -161,8 +166,8 @@ def layers() -> list[tuple[str, str, bool]]:
     try:
         program = (
             f"import sys, os; sys.path[0:0] = [{package_root()!r}]\n"
-            "from devices.worker import sandbox\n"
-            "for name, why in sandbox.enter((1,)): os.write(1, (name + '\\n').encode())\n"
+            f"from {module} import {call.partition('(')[0]}\n"
+            f"for name, why in {call}: os.write(1, (name + '\\n').encode())\n"
             "os.write(1, b'entered\\n'); os._exit(0)"
         )
         pid = os.posix_spawn(
@@ -183,7 +188,7 @@ def layers() -> list[tuple[str, str, bool]]:
             os.close(write_end)
     lines = answer.decode().splitlines()
     entered = "entered" in lines
-    return [(name, what, entered and name not in lines) for name, what, _ in LAYERS]
+    return [(name, what, entered and name not in lines) for name, what, _ in layers]
 
 
 def package_root() -> str:

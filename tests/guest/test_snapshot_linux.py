@@ -1,9 +1,9 @@
 """Linux guests that are paused, saved, restored and cloned in the middle of their work.
 
-The guest is the kit's, on a qcow2 root disk, with a card, a disc and two CPUs; in place of a shell it runs
-snapshot_load.c, which hashes memory on each CPU, writes blocks and reads them back, and exchanges packets
-with the host, and counts what is wrong. It boots once, and every test goes on from the snapshots made there:
-one while it rests, one while it works.
+The guest is the kit's, on a qcow2 root disk, with a card, a disc and two CPUs. In place of a shell it runs
+snapshot_load.c, which hashes memory on each CPU, writes blocks and reads them back, exchanges packets with the
+host, and counts what is wrong. It boots once, and every test goes on from the snapshots made there: one while
+it rests, one while it works.
 """
 
 import os
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,7 +92,12 @@ class Guest:
         return dict(pair.split("=") for pair in self.ask("status").split())
 
     def clock(self) -> float:
-        """How many seconds its wall clock is ahead of ours. It reads it just before it says the first byte."""
+        """How many seconds its wall clock is ahead of ours. It reads it before its first byte; how long before
+        is the luck of a busy host, and the quickest answer tells best.
+        """
+        return max(self._clock() for _ in range(4))
+
+    def _clock(self) -> float:
         self._questions += 1
         self._console.sendall(f"clock clock{self._questions}\n".encode())
         self._console.settimeout(ANSWER_SECONDS)
@@ -199,6 +205,15 @@ def packet(kind: bytes, number: int) -> bytes:
     return b"".join(word.to_bytes(8, "little") for word in words)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The snapshots, and how many seconds the guest's clock was ahead of the host's in them."""
+
+    resting: Path
+    working: Path
+    ahead: float
+
+
 @pytest.fixture(scope="module")
 def load(static_program: Build) -> Path:
     return static_program([PROGRAM], "snapshot_load")
@@ -218,8 +233,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def saved(place: Path, guest_kit: kit.GuestKit, load: Path) -> dict[str, Path]:
-    """The snapshots: "resting" and "working"."""
+def saved(place: Path, guest_kit: kit.GuestKit, load: Path) -> Saved:
     raw, disk, iso = place / "disk.raw", place / "disk.qcow2", place / "disc.iso"
     subprocess.run(["qemu-img", "convert", "-O", "raw", guest_kit.disk, raw], check=True)
     edits = f"write {load} /bin/load\nset_inode_field /bin/load mode 0100755\n"
@@ -230,16 +244,16 @@ def saved(place: Path, guest_kit: kit.GuestKit, load: Path) -> dict[str, Path]:
     parameters = f"{guest_kit.disk_cmdline} vmrun.run=/bin/load vmrun.ip={GUEST}/24"
     machine = ("boot", "-d", "--name", "booted", "--disk", disk, "--cdrom", iso, "--cpus", CPUS, "--nic", NIC)
     vmrun(*map(str, machine), "--append", parameters, inside=("unshare", "-n"))
-    paths = {name: place / name for name in ("resting", "working")}
     with Guest("booted") as guest:
         guest.until(rf"load: ready, {CPUS} CPUs", BOOT_SECONDS)
         guest.works()
         guest.ask("rest")
-        vmrun("snapshot", "booted", paths["resting"])
+        ahead = guest.clock()
+        vmrun("snapshot", "booted", place / "resting")
         guest.ask("work")
         guest.works()
-        vmrun("snapshot", "booted", paths["working"], "--stop")
-    return paths
+        vmrun("snapshot", "booted", place / "working", "--stop")
+    return Saved(place / "resting", place / "working", ahead)
 
 
 def restore(directory: Path, name: str, *arguments: str) -> Guest:
@@ -260,8 +274,8 @@ def check_disk(path: Path) -> None:
 
 @pytest.mark.usefixtures("network_namespace")
 @pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
-def test_pausing_under_load(saved: dict[str, Path], place: Path, load: Path, cycles: int) -> None:
-    with Echo() as echo, restore(saved["working"], f"paused{cycles}") as guest:
+def test_pausing_under_load(saved: Saved, place: Path, load: Path, cycles: int) -> None:
+    with Echo() as echo, restore(saved.working, f"paused{cycles}") as guest:
         guest.talks(echo)
         with MachineClient(guest.name) as machine:
             for cycle in range(cycles):
@@ -279,9 +293,7 @@ def test_pausing_under_load(saved: dict[str, Path], place: Path, load: Path, cyc
 
 @pytest.mark.usefixtures("network_namespace")
 @pytest.mark.parametrize("cycles", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_saving_and_restoring_under_load(
-    saved: dict[str, Path], place: Path, load: Path, cycles: int
-) -> None:
+def test_saving_and_restoring_under_load(saved: Saved, place: Path, load: Path, cycles: int) -> None:
     """One machine that lives in many processes, one after the other; and then another one, when it has gone
     from disk to disk so often that another would not be taken.
     """
@@ -290,7 +302,7 @@ def test_saving_and_restoring_under_load(
         line += 1
         folder = place / f"line{cycles}.{line}"
         folder.mkdir()
-        snapshot, disks = saved["working"], {*place.glob("disk*.qcow2")}
+        snapshot, disks = saved.working, {*place.glob("disk*.qcow2")}
         with Echo() as echo:
             for generation in range(GENERATIONS):
                 name = f"line{cycles}-{line}-{generation}"
@@ -314,9 +326,10 @@ def test_saving_and_restoring_under_load(
 
 
 @pytest.mark.usefixtures("network_namespace")
-def test_another_tap_and_the_clock(saved: dict[str, Path], load: Path) -> None:
-    with restore(saved["working"], "moved", "--nic", f"tap7,ip={HOST}/24", "--throw-away") as guest:
-        assert abs(guest.clock()) < 1
+def test_another_tap_and_the_clock(saved: Saved, load: Path) -> None:
+    with restore(saved.working, "moved", "--nic", f"tap7,ip={HOST}/24", "--throw-away") as guest:
+        # The guest's own clock is wrong from its boot on, and the snapshot does not make it worse.
+        assert abs(guest.clock() - saved.ahead) < 1
         assert guest.status()["mac"] == MAC
         assert {"tap7"} <= set(os.listdir("/sys/class/net")) and "tap0" not in os.listdir("/sys/class/net")
         with Echo() as echo:
@@ -330,9 +343,9 @@ def test_another_tap_and_the_clock(saved: dict[str, Path], load: Path) -> None:
 
 
 @pytest.mark.usefixtures("network_namespace")
-def test_a_restored_guest_outlives_its_helpers(saved: dict[str, Path], place: Path, load: Path) -> None:
+def test_a_restored_guest_outlives_its_helpers(saved: Saved, place: Path, load: Path) -> None:
     """Its disk's worker, its card's and its pager are killed, and nothing is lost but packets."""
-    with Echo() as echo, restore(saved["working"], "hurt") as guest:
+    with Echo() as echo, restore(saved.working, "hurt") as guest:
         workers = guest.inspect()["workers"]
         os.kill(child_of(guest.inspect()["pid"], "pager"), signal.SIGKILL)
         guest.works()
@@ -349,9 +362,9 @@ def test_a_restored_guest_outlives_its_helpers(saved: dict[str, Path], place: Pa
 
 
 @pytest.mark.usefixtures("network_namespace")
-def test_a_restored_guest_dies_alone(saved: dict[str, Path], place: Path, load: Path) -> None:
+def test_a_restored_guest_dies_alone(saved: Saved, place: Path, load: Path) -> None:
     """kill -9 of the VMM: no process is left, the snapshot is as good as before, and so is the disk."""
-    with restore(saved["working"], "killed") as guest:
+    with restore(saved.working, "killed") as guest:
         guest.works()
         state = guest.inspect()
         pids = [state["pid"], *state["workers"].values(), child_of(state["pid"], "pager")]
@@ -363,7 +376,7 @@ def test_a_restored_guest_dies_alone(saved: dict[str, Path], place: Path, load: 
     assert "tap0" not in os.listdir("/sys/class/net")
     result = subprocess.run(["qemu-img", "check", place / "disk.killed.qcow2"], check=False)
     assert result.returncode in (0, 3)  # 3: clusters that nothing refers to
-    with restore(saved["working"], "killed", "--throw-away") as guest:
+    with restore(saved.working, "killed", "--throw-away") as guest:
         guest.works()
         guest.end(load)
 
@@ -378,13 +391,13 @@ def child_of(pid: int, word: str) -> int:
 
 
 @pytest.mark.usefixtures("network_namespace")
-def test_ten_clones(saved: dict[str, Path], load: Path) -> None:
+def test_ten_clones(saved: Saved, load: Path) -> None:
     names = [f"clone-{number}" for number in range(1, 11)]
     with ExitStack() as stack:
         nic = f"tap{{}},ip={HOST.rpartition('.')[0]}.1/24"
-        assert vmrun("clone", saved["resting"], "-n", "10", "--name", "clone", "--nic", nic).split() == names
+        assert vmrun("clone", saved.resting, "-n", "10", "--name", "clone", "--nic", nic).split() == names
         guests = [stack.enter_context(Guest(name)) for name in names]
-        assert all(abs(guest.clock()) < 1 for guest in guests)
+        assert all(abs(guest.clock() - saved.ahead) < 1 for guest in guests)
         facts = [guest.inspect() for guest in guests]
         full = facts[0]["memory"]
         used = [each["memory_used"] for each in facts]

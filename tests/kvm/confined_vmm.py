@@ -50,11 +50,11 @@ def make_fatal(name: str) -> None:
             program = original(*arguments)
             return program[: HEADER * SIZE] + block + program[HEADER * SIZE :]
 
-        seccomp.assemble = assemble
+        seccomp.assemble = assemble  # type: ignore[assignment]
         return
     table = vmm_seccomp.allowed
     (number,) = [entry.number for entry in table(os.getpid()) if entry.name == name]
-    seccomp.FATAL += ((name, number),)
+    seccomp.FATAL += ((name, number),)  # type: ignore[assignment]
     vmm_seccomp.allowed = lambda pid: tuple(entry for entry in table(pid) if entry.name != name)
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     words = json.loads(sys.argv[1])
     if "fatal" in words:
         make_fatal(words["fatal"])
-    session.ConsoleLog = partial(ConsoleLog, limit=LOG_LIMIT)  # type: ignore[misc,assignment]
+    session.ConsoleLog = partial(ConsoleLog, limit=LOG_LIMIT)  # type: ignore[attr-defined,assignment]
     refused: list[tuple[str, str]] = []
     attend = session._Lives._attend
 

@@ -31,9 +31,9 @@ pytestmark = pytest.mark.slow
 Kernel = Callable[[str], Path]
 Work = Callable[[str | None], int]
 
-# What a KVM without VMX or SVM leaves to us: the entry of system calls is set, and execution goes there, as if
-# by one, where nothing is mapped; the handler of that page fault saves and loads vector state; and there is
-# no handler for the breakpoint.
+# What a KVM without VMX or SVM leaves to us: the entry of system calls is set, and execution goes there, as
+# if by one, where nothing is mapped; the handler of that page fault saves and loads vector state; and there
+# is no handler for the breakpoint.
 SOFTWARE = """
     mov rdi, 0x300000
     lea rax, handler[rip]

@@ -34,7 +34,7 @@ def call(number, *arguments):
         raise OSError(ctypes.get_errno(), "")
     return "done"
 {before}
-report["refused"] = sandbox.enter({keep}, {parent})
+report["refused"] = sandbox.enter({keep}, {parent}, {enter})
 {after}
 os.write(1, json.dumps(report, default=str).encode())
 os._exit(0)
@@ -52,9 +52,17 @@ def interpreter(user: int | None) -> str:
 
 
 def start(
-    after: str, before: str = "", keep: str = "(1, 2)", parent: str = "None", **options: Any
+    after: str,
+    before: str = "",
+    keep: str = "(1, 2)",
+    parent: str = "None",
+    enter: str = "",
+    **options: Any,
 ) -> Running:
-    program = STUB.format(root=sandbox.package_root(), before=before, after=after, keep=keep, parent=parent)
+    """`enter` are more arguments of `sandbox.enter`."""
+    program = STUB.format(
+        root=sandbox.package_root(), before=before, after=after, keep=keep, parent=parent, enter=enter
+    )
     options.setdefault("stdin", subprocess.DEVNULL)
     return subprocess.Popen(
         [interpreter(options.get("user")), "-I", "-S", "-c", program],
@@ -306,6 +314,7 @@ def test_it_dies_with_its_parent() -> None:
         after="os.write(1, b'%d\\n' % os.getpid()); os.read(0, 1)",
         keep="(0, 1, 2)",
         parent="os.getppid()",
+        enter="",
     )
     program = (
         f"import subprocess, sys; subprocess.Popen([sys.executable, '-I', '-S', '-c', {child!r}]).wait()"

@@ -90,10 +90,13 @@ class Process:
 
     def wait(self, timeout: float | None = None) -> ExitStatus:
         """Its end, with all output written. Raises TimeoutError, or AgentGone without an end."""
+        deadline = None if timeout is None else time.monotonic() + timeout
         if not self._over.wait(timeout):
             raise TimeoutError("the command in the guest still runs")
         for thread in self._threads:
-            thread.join()
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                raise TimeoutError("the command in the guest has ended, but nobody takes its output")
         if self._status is None:
             raise self._failure or AgentGone("the session is over")
         return self._status

@@ -1,6 +1,7 @@
 """`vmrun exec`, `shell` and `cp`: into a machine that runs, through the agent in its guest. User side."""
 
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 from vmrun.cli.declare import Argument, Option
@@ -81,7 +82,8 @@ def _run(name: str, wanted: "Command", timeout: float | None) -> int:
 
     with _session(name) as session, Visit(session) as visit:
         try:
-            outcome = command.run(visit, wanted, timeout, Phases())
+            deadline = float("inf") if timeout is None else time.monotonic() + timeout
+            outcome = command.run(visit, wanted, deadline, timeout, Phases())
         except AgentError as error:
             raise UserError(f"{name}: {error}", EXIT_VMM) from None
     if outcome.own or not outcome.started:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from vmrun.guestkit.progress import Lines, Progress
@@ -31,6 +31,34 @@ def progress() -> Iterator[Progress]:
         told = _Bars(bars)
         yield told
         told.finish()
+
+
+class Lazy:
+    """The same for what seldom has anything to tell: costs nothing before it does. A context manager."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._teller: Progress | None = None
+
+    def step(self, title: str, total: int | None = None) -> None:
+        if self._teller is None:
+            self._teller = self._stack.enter_context(progress())
+        self._teller.step(title, total)
+
+    def advance(self, detail: str = "") -> None:
+        if self._teller is not None:
+            self._teller.advance(detail)
+
+    def close(self) -> None:
+        """What was told stays to be seen; more begins anew."""
+        self._stack.close()
+        self._teller = None
+
+    def __enter__(self) -> "Lazy":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`vmrun run`: a command in a throw-away machine. User side; the machine is in a process of its own."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from vmrun.errors import EXIT_VMM, UserError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vmrun.control.detach import Owned
     from vmrun.machine.config import NicConfig
     from vmrun.run.command import Command, Outcome
     from vmrun.run.sandbox import Sandbox
@@ -85,46 +87,55 @@ def run(
     if kernel is not None and len(kernel) > 1:
         from vmrun.run.matrix import run_each, without_kernels
 
+        if keep is not None or timeline is not None:
+            raise UserError("--keep and --timeline are for one run: give one --kernel")
         return run_each(kernel, options.parse_memory("--mem", mem), without_kernels(sys.argv[2:]))
-    from vmrun.cli.progress import progress
+    from vmrun.cli.progress import Lazy
+    from vmrun.control import vmm
     from vmrun.run import report
     from vmrun.run.command import Command, Outcome
-
-    wanted = Command(
-        tuple(command or ()),
-        tuple(options.parse_environment(text) for text in env or ()),
-        workdir,
-        user,
-        terminal,
-    )
-    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
-    ins = [options.parse_pair("--copy-in", text) for text in copy_in or ()]
-    outs = [options.parse_pair("--copy-out", text) for text in copy_out or ()]
-    memory = options.parse_memory("--mem", mem)
-    disks = [options.parse_disk(text) for text in disk or ()]
-    nics = _nics(net)
-
-    from vmrun.control import vmm
     from vmrun.run.sandbox import Sandbox
 
     made: list[Sandbox] = []
 
     def whole() -> Outcome:
-        with progress() as teller:
+        wanted = Command(
+            tuple(command or ()),
+            tuple(options.parse_environment(text) for text in env or ()),
+            workdir,
+            user,
+            terminal,
+        )
+        seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+        ins = [_present(*options.parse_pair("--copy-in", text)) for text in copy_in or ()]
+        outs = [options.parse_pair("--copy-out", text) for text in copy_out or ()]
+        memory = options.parse_memory("--mem", mem)
+        disks = [options.parse_disk(text) for text in disk or ()]
+        deadline = float("inf")
+
+        def start(request: vmm.VmmRequest) -> "Owned":
+            nonlocal deadline
+            teller.close()  # a bar is drawn by a thread, and a process that forks may have no other
+            if seconds is not None:
+                deadline = time.monotonic() + seconds
+            return vmm.fork(request)
+
+        with Lazy() as teller:
             sandbox = Sandbox(
                 image,
                 kernel=kernel[0] if kernel else None,
                 memory=memory,
                 cpus=cpus,
                 disks=disks,
-                nics=nics,
+                nics=_nics(net),
+                timeout=seconds,
                 fresh=fresh,
                 progress=teller,
                 phases=phases,
-                start=vmm.fork,
+                start=start,
             )
         made.append(sandbox)
-        return _use(sandbox, wanted, ins, outs, keep, seconds)
+        return _use(sandbox, wanted, ins, outs, keep, deadline, seconds)
 
     outcome = Outcome(EXIT_INTERRUPTED, "interrupted", own=True)
     try:
@@ -148,8 +159,9 @@ def run(
 
 def _attempt(whole: "Callable[[], Outcome]") -> "Outcome":
     from vmrun.agent.protocol import AgentError
+    from vmrun.cli import one_line
     from vmrun.run.command import Outcome
-    from vmrun.run.sandbox import SandboxEnded
+    from vmrun.run.ending import SandboxEnded
 
     try:
         return whole()
@@ -158,9 +170,9 @@ def _attempt(whole: "Callable[[], Outcome]") -> "Outcome":
             print(printable(error.console), file=sys.stderr)
         return Outcome(error.code, str(error), own=True)
     except UserError as error:
-        return Outcome(error.code, str(error), own=True)
-    except AgentError as error:
-        return Outcome(EXIT_VMM, str(error), own=True)
+        return Outcome(error.code, one_line(error), own=True)
+    except (AgentError, OSError) as error:
+        return Outcome(EXIT_VMM, str(error) if isinstance(error, AgentError) else one_line(error), own=True)
 
 
 def _use(
@@ -169,23 +181,44 @@ def _use(
     ins: list[tuple[str, str]],
     outs: list[tuple[str, str]],
     keep: Path | None,
+    deadline: float,
     timeout: float | None,
 ) -> "Outcome":
+    from vmrun.agent.protocol import AgentError
     from vmrun.control.client import MachineClient
     from vmrun.run import command
 
     phases = sandbox.phases
     for host, guest in ins:
         with phases.phase("copy in"):
-            sandbox.copy_in(host, guest)
-    outcome = command.run(sandbox, wanted, timeout, phases)
+            _tell_left_out(sandbox.copy_in(host, guest).left_out)
+    outcome = command.run(sandbox, wanted, deadline, timeout, phases)
+    if outcome.stopped:
+        return outcome
     for guest, host in outs:
-        with phases.phase("copy out"):
-            sandbox.copy_out(guest, host)
+        try:
+            with phases.phase("copy out"):
+                _tell_left_out(sandbox.copy_out(guest, host).left_out)
+        except (AgentError, OSError) as error:
+            if not outcome.code:
+                raise
+            # Why the command failed is why its file is not there.
+            print(f"vmrun: {error}", file=sys.stderr)
     if keep is not None:
         with phases.phase("save"), MachineClient(sandbox.name) as machine:
             machine.snapshot(keep)
     return outcome
+
+
+def _present(host: str, guest: str) -> tuple[str, str]:
+    if not os.path.lexists(host):
+        raise UserError(f"--copy-in: {host}: there is no such file or directory")
+    return host, guest
+
+
+def _tell_left_out(names: list[str]) -> None:
+    for name in names:
+        print(f"vmrun: left out: {name}", file=sys.stderr)
 
 
 def _nics(net: str) -> "list[NicConfig]":

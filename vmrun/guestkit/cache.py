@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _UNFINISHED = ".unfinished-"
+_SCRATCH = ".scratch-"
 
 
 def directory() -> Path:
@@ -89,16 +90,26 @@ def scratch(kind: str) -> Iterator[Path]:
     root = directory()
     root.mkdir(parents=True, exist_ok=True)
     _remove_left_behind(root)
-    name = f"{kind}-{os.urandom(6).hex()}"
-    with _lock(root, name):
+    made, lock = _locked_directory(root, f"{kind}{_SCRATCH}")
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_directory(root: Path, prefix: str) -> tuple[Path, int]:
+    """A new directory that is its own lock: one for each would have to be removed, by whom holds it."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=prefix, dir=root))
         try:
-            made = Path(tempfile.mkdtemp(prefix=f"{name}{_UNFINISHED}", dir=root))
-            try:
-                yield made
-            finally:
-                shutil.rmtree(made, ignore_errors=True)
-        finally:
-            (root / f"{name}.lock").unlink(missing_ok=True)
+            lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another process took it for one that was left behind
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if made.exists():
+            return made, lock
+        os.close(lock)
 
 
 @contextmanager
@@ -122,6 +133,18 @@ def _remove_left_behind(root: Path) -> None:
         with _lock(root, unfinished.name.partition(_UNFINISHED)[0], wait=False) as locked:
             if locked:
                 shutil.rmtree(unfinished, ignore_errors=True)
+    for scratched in root.glob(f"*{_SCRATCH}*"):
+        try:
+            lock = os.open(scratched, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(scratched, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its maker lives
+        finally:
+            os.close(lock)
 
 
 def _write_back(made: Path) -> None:

@@ -5,9 +5,9 @@ Version 2 only (Documentation/admin-guide/cgroup-v2.rst), and only where it is o
 that this process may write to and that hands on the controllers. systemd gives every user such a place; root
 has all of them. Where there is none a machine runs with rlimits alone, and `Group.missing` says so.
 
-A group is called vmrun-NAME-PID. Who holds its directory's lock (flock(2)) owns it: the process that made it,
-and the VMM it forks, which has the same open file. The kernel drops the lock with the last of them, so a group
-whose lock is free is what a killed vmrun left: the next one ends what is still in it and removes it.
+A group is called vmrun-NAME-PID. Who holds its directory's lock (flock(2)) owns it: the process that made
+it, and the VMM it forks, which has the same open file. The kernel drops the lock with the last of them, so a
+group whose lock is free is what a killed vmrun left: the next one ends what is still in it and removes it.
 """
 
 import errno
@@ -134,10 +134,11 @@ class Place:
 
 
 def find_place(
-    mountinfo: str = "/proc/self/mountinfo", membership: str = "/proc/self/cgroup"
+    mountinfo: str = "/proc/self/mountinfo", membership: str = "/proc/self/cgroup", *, look: bool = False
 ) -> Place | None:
     """Where this process can make groups: beside its own, in its own, or at the top; where most controllers
-    are.
+    are, of which those that are off are turned on. Who only wants to `look` changes nothing, and may hope for
+    too much.
     """
     top = _mount_point(mountinfo)
     own = _membership(membership)
@@ -147,7 +148,7 @@ def find_place(
     found = [
         Place(directory, controllers)
         for directory in dict.fromkeys((here.parent if here != Path(top) else here, here, Path(top)))
-        if (controllers := _controllers(directory)) is not None
+        if (controllers := _controllers(directory, look)) is not None
     ]
     return max(found, key=lambda place: len(place.controllers), default=None)
 
@@ -174,7 +175,7 @@ def _membership(membership: str) -> str | None:
         return None
 
 
-def _controllers(directory: Path) -> frozenset[str] | None:
+def _controllers(directory: Path, look: bool) -> frozenset[str] | None:
     """Those that groups in `directory` have, once those that can be are turned on. None: there can be no
     groups of ours.
     """
@@ -188,7 +189,8 @@ def _controllers(directory: Path) -> frozenset[str] | None:
     for controller in CONTROLLERS:
         if controller in available and controller not in on:
             try:
-                (directory / "cgroup.subtree_control").write_text(f"+{controller}")
+                if not look:
+                    (directory / "cgroup.subtree_control").write_text(f"+{controller}")
             except OSError:
                 continue  # EBUSY: processes are in this very group, and it is not the top
             on.add(controller)
@@ -197,6 +199,7 @@ def _controllers(directory: Path) -> frozenset[str] | None:
 
 def _make(path: Path) -> int:
     """Make the group and own its lock, whose descriptor is returned. Raises OSError."""
+    deadline = time.monotonic() + END_SECONDS
     while True:
         path.mkdir(exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -208,7 +211,10 @@ def _make(path: Path) -> int:
         except FileNotFoundError:
             pass
         except BlockingIOError:
-            time.sleep(0.01)  # and is about to remove it
+            if time.monotonic() > deadline:
+                os.close(fd)
+                raise
+            time.sleep(0.01)  # somebody has, and is about to remove it
         except BaseException:
             os.close(fd)
             raise

@@ -172,13 +172,33 @@ def check_sandbox() -> Check:
         from devices.worker import sandbox
     except ImportError:
         return Check("worker sandbox", "warning", "not part of this installation")
-    layers = sandbox.layers()
-    missing = [f"{name} ({meaning})" for name, meaning, present in layers if not present]
+    return _check_layers("worker sandbox", sandbox.layers(), "workers run with what is left")
+
+
+def check_confinement() -> Check:
+    from vmrun.machine import confine
+
+    return _check_layers("VMM's confinement", confine.layers(), "`vmrun run` makes do with what is left")
+
+
+def _check_layers(name: str, layers: list[tuple[str, str, bool]], advice: str) -> Check:
+    missing = [f"{layer} ({meaning})" for layer, meaning, present in layers if not present]
     if missing:
-        return Check(
-            "worker sandbox", "warning", f"lacks {'; '.join(missing)}", "workers run with what is left"
-        )
-    return Check("worker sandbox", "ok", ", ".join(name for name, _, _ in layers))
+        return Check(name, "warning", f"lacks {'; '.join(missing)}", advice)
+    return Check(name, "ok", ", ".join(layer for layer, _, _ in layers))
+
+
+def check_cgroups() -> Check:
+    from vmrun.host import cgroup
+
+    place = cgroup.find_place(look=True)
+    advice = "a machine has no limit of its own there: only rlimits, and the cgroup vmrun is started in"
+    if place is None:
+        return Check("cgroups", "info", "none of version 2 is ours to use", advice)
+    missing = [each for each in cgroup.CONTROLLERS if each not in place.controllers]
+    if missing:
+        return Check("cgroups", "info", f"{place.directory}, without {', '.join(missing)}", advice)
+    return Check("cgroups", "ok", f"{place.directory}: memory, pids and cpu can be limited")
 
 
 def check_guest_kit() -> Check:
@@ -226,12 +246,14 @@ def all_checks() -> list[Check]:
         ("KVM runs on", check_flavour),
         ("memory", check_memory),
         ("worker sandbox", check_sandbox),
+        ("VMM's confinement", check_confinement),
+        ("cgroups", check_cgroups),
         ("guest kit", check_guest_kit),
         ("taps", check_tun),
         ("CAP_NET_ADMIN", check_net_admin),
         ("userfaultfd", check_userfaultfd),
         ("qemu-img", lambda: check_tool("qemu-img", "making and checking disk images")),
-        ("passt", lambda: check_tool("passt", "a network without root (vhost-user)")),
+        ("passt", lambda: check_tool("passt", "a network without root: --net user, --nic user")),
         ("virtiofsd", check_virtiofsd),
     ]
     found = []

@@ -2,11 +2,12 @@
 workers start. VMM process.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from vmrun.errors import EXIT_VMM
 from vmrun.host import local
 from vmrun.host.bridge import BridgePort
 from vmrun.host.tap import Tap, random_mac
@@ -14,6 +15,7 @@ from vmrun.machine.config import NicConfig
 
 if TYPE_CHECKING:
     from vmrun.host.passt import Passt
+    from vmrun.machine.loop import EventLoop
 
 
 class OpenNic:
@@ -91,6 +93,21 @@ class Nics:
                     nic.words["boot"] = nic.config.boot_file
                     nic.words["hostname"] = name
             self._stack = stack.pop_all()
+
+    def watch(self, loop: "EventLoop", end: Callable[[int, str], None]) -> None:
+        """From now on the end of a passt is the machine's: `end(exit code, reason)` is called for it."""
+        for nic in self._nics:
+            if nic.passt is not None:
+                self._watch(nic.passt, loop, end)
+
+    @staticmethod
+    def _watch(passt: "Passt", loop: "EventLoop", end: Callable[[int, str], None]) -> None:
+        def ended() -> None:
+            loop.unwatch(passt.pidfd)
+            passt.poll()
+            end(EXIT_VMM, passt.describe_exit())
+
+        loop.watch(passt.pidfd, ended)
 
     def __iter__(self) -> Iterator[OpenNic]:
         return iter(self._nics)

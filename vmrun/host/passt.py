@@ -8,7 +8,8 @@ changes to nobody first. What its network looks like to the guest is fixed, what
 - 100.64.0.(2K+3) is the guest's address, for card K of the machine, 100.64.0.(2K+2) its gateway and name
   server: a /31 of the block that `local` cards leave free (`vmrun.host.local`). passt answers no DHCP: the
   card's worker does.
-- Names go to the host's name server, over UDP only, which is what passt can forward.
+- Names go to the first name server in the host's /etc/resolv.conf, over UDP only, which is what passt can
+  forward. Before 2024 it cannot to one on the host's loopback (systemd-resolved's 127.0.0.53).
 - Only IPv4. Where to is for `devices.net.filter` to say.
 """
 
@@ -29,7 +30,6 @@ MAX_CARDS = 126
 GATEWAY_MAC = bytes.fromhex("020064400002")
 OTHER_GATEWAY_MAC = bytes.fromhex("020064400003")  # for a guest that has the first itself
 
-RESOLVER_FILES = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
 STREAM = 3  # the descriptor of its socket in passt
 READY_SECONDS = 10.0
 STOP_SECONDS = 2.0
@@ -54,26 +54,6 @@ def find() -> str:
     return path
 
 
-def host_name_server(files: tuple[str, ...] = RESOLVER_FILES) -> str | None:
-    """The first IPv4 name server of the host, one that is not on its loopback if there is any: passt before
-    2024 does not reach systemd-resolved's 127.0.0.53, and that has its own servers in a file beside.
-    """
-    loopback = None
-    for path in files:
-        try:
-            with open(path, encoding="utf-8", errors="replace") as file:
-                lines = [line.split() for line in file]
-        except OSError:
-            continue
-        for words in lines:
-            if len(words) < 2 or words[0] != "nameserver" or not _is_ipv4(words[1]):
-                continue
-            if not words[1].startswith("127."):
-                return words[1]
-            loopback = loopback or words[1]
-    return loopback
-
-
 def _closings() -> list[tuple[int, int]]:
     """Whoever started us may have left us descriptors that children inherit: not this one."""
     closings = []
@@ -84,14 +64,6 @@ def _closings() -> list[tuple[int, int]]:
         except OSError:
             pass  # that of the directory itself
     return closings
-
-
-def _is_ipv4(text: str) -> bool:
-    try:
-        socket.inet_pton(socket.AF_INET, text)
-    except OSError:
-        return False
-    return True
 
 
 class Passt:
@@ -119,13 +91,12 @@ class Passt:
             raise
 
     def _command(self, path: str) -> list[str]:
-        name_server = host_name_server()
-        forward = ["--dns-forward", self.gateway] if name_server is not None else []
         return [
             *(path, "--foreground", "--quiet", "--fd", str(STREAM), "--ipv4-only"),
             *("--address", self.guest, "--netmask", "31", "--gateway", self.gateway),
             *("--mac-addr", self.gateway_mac.hex(":"), "--no-map-gw", "--no-dhcp"),
-            *("--dns", name_server or "none", *forward, "--search", "none"),
+            # No --dns: passt of 2023 (Debian 12) forgets where to forward to when it is given one.
+            *("--dns-forward", self.gateway, "--search", "none"),
             *("--tcp-ports", "none", "--udp-ports", "none"),
         ]
 

@@ -23,7 +23,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from devices.worker import privileges, seccomp
+from devices.worker import privileges, sandbox, seccomp
 from vmrun.errors import EXIT_VMM, UserError
 from vmrun.machine import vmm_seccomp
 
@@ -79,6 +79,11 @@ def check_confinable(config: "MachineConfig") -> None:
                 f"--nic {nic.tap}: a confined machine cannot leave a bridge when it ends: "
                 f"put the tap on {nic.bridge} yourself, and leave out bridge="
             )
+
+
+def layers() -> list[tuple[str, str, bool]]:
+    """Every layer of a VMM: see `devices.worker.sandbox.granted`."""
+    return sandbox.granted("vmrun.machine.confine", "_enter(1)", LAYERS)
 
 
 def confine(machine: "Machine") -> list[tuple[str, str]]:

@@ -4,10 +4,12 @@ process, main thread.
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
@@ -33,6 +35,8 @@ FORWARDED = (
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 10.0
 LOOK_SECONDS = 0.5
+# When the time is up: for the command to be killed, and for what it has printed to arrive.
+KILL_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +52,15 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The exit code for the shell, and why in one line; `own` tells vmrun's codes from the command's, and
-    `started` whether it was one that could be.
+    """The exit code for the shell, and why in one line. `own` tells vmrun's codes from the command's,
+    `started` whether it was one that could be, `stopped` whether it had to be ended.
     """
 
     code: int
     reason: str
     own: bool = False
     started: bool = True
+    stopped: bool = False
 
 
 class Runner(Protocol):
@@ -80,9 +85,9 @@ class Runner(Protocol):
     def wait(self, process: Process, timeout: float | None = None) -> "ExitStatus": ...
 
 
-def run(sandbox: Runner, command: Command, timeout: float | None, phases: Phases) -> Outcome:
-    """Run `command` to its end, with our own stdin, stdout and stderr. `timeout` seconds are left for it.
-    Raises UserError when the machine ends instead.
+def run(sandbox: Runner, command: Command, deadline: float, timeout: float | None, phases: Phases) -> Outcome:
+    """Run `command` to its end, with our own stdin, stdout and stderr; it is stopped at `deadline` (of
+    time.monotonic), which was `timeout` seconds away. Raises UserError when the machine ends instead.
     """
     argv = command.argv or (*sandbox.image_config.entrypoint, *sandbox.image_config.cmd)
     if not argv and command.tty:
@@ -105,7 +110,7 @@ def run(sandbox: Runner, command: Command, timeout: float | None, phases: Phases
         except AgentRefused as error:
             return Outcome(error.exit_code, str(error), started=False)
         with phases.phase("command"), _signals(process) as asked:
-            return _wait(sandbox, process, timeout, asked)
+            return _wait(sandbox, process, deadline, timeout, asked)
 
 
 def _environment(command: Command) -> dict[str, str]:
@@ -116,22 +121,58 @@ def _environment(command: Command) -> dict[str, str]:
 
 
 class _Asked:
-    """Which signal asked the command to end, and until when it may take."""
+    """What the command was asked to do: by which signal to end, and until when it may take. A thread tells
+    the guest, for a guest may not listen, and signal handlers and time limits cannot wait for it.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, process: Process) -> None:
         self.number = 0
         self.deadline = float("inf")
+        self._process = process
+        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._tell, name="asked", daemon=True).start()
+
+    def signal(self, number: int) -> None:
+        if number in ENDING and not self.number:
+            self.number, self.deadline = number, time.monotonic() + GRACE_SECONDS
+        self._orders.put(lambda: self._process.signal(number))
+
+    def resize(self) -> None:
+        try:
+            rows, columns = _size()
+        except OSError:
+            return  # no terminal
+        self._orders.put(lambda: self._process.resize(rows, columns))
+
+    def kill(self) -> None:
+        """And wait, not for long, for what it has printed."""
+        self._orders.put(self._process.kill)
+        self._process.ended(KILL_SECONDS)
+
+    def close(self) -> None:
+        self._orders.put(None)
+
+    def _tell(self) -> None:
+        while (order := self._orders.get()) is not None:
+            try:
+                order()
+            except AgentError:
+                return  # the machine has ended, which is noticed elsewhere
 
 
-def _wait(sandbox: Runner, process: Process, timeout: float | None, asked: _Asked) -> Outcome:
-    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+def _wait(
+    sandbox: Runner, process: Process, deadline: float, timeout: float | None, asked: _Asked
+) -> Outcome:
     while True:
         left = min(deadline, asked.deadline) - time.monotonic()
-        if left <= 0 and asked.number:
-            name = signal.Signals(asked.number).name
-            return Outcome(128 + asked.number, f"did not end within {GRACE_SECONDS:g} s of {name}", own=True)
         if left <= 0:
-            return Outcome(EXIT_TIMEOUT, f"timed out after {timeout:g} s", own=True)
+            asked.kill()
+            if asked.deadline < deadline:
+                name = signal.Signals(asked.number).name
+                code, reason = 128 + asked.number, f"did not end within {GRACE_SECONDS:g} s of {name}"
+            else:
+                code, reason = EXIT_TIMEOUT, f"timed out after {timeout:g} s"
+            return Outcome(code, reason, own=True, stopped=True)
         try:
             # In slices: a signal may bring the deadline forward.
             status = sandbox.wait(process, min(left, LOOK_SECONDS))
@@ -150,21 +191,13 @@ def _wait(sandbox: Runner, process: Process, timeout: float | None, asked: _Aske
 @contextmanager
 def _signals(process: Process) -> Iterator[_Asked]:
     """What is sent to us goes to the command."""
-    asked = _Asked()
+    asked = _Asked(process)
 
     def forward(number: int, frame: FrameType | None) -> None:
-        if number in ENDING and not asked.number:
-            asked.number, asked.deadline = number, time.monotonic() + GRACE_SECONDS
-        try:
-            process.signal(number)
-        except AgentError:
-            pass  # it has ended, which is noticed elsewhere
+        asked.signal(number)
 
     def resized(number: int, frame: FrameType | None) -> None:
-        try:
-            process.resize(*_size())
-        except (AgentError, OSError):
-            pass
+        asked.resize()
 
     handlers = {number: forward for number in FORWARDED} | {signal.SIGWINCH: resized}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -173,6 +206,7 @@ def _signals(process: Process) -> Iterator[_Asked]:
     finally:
         for number, former in before.items():
             signal.signal(number, former)
+        asked.close()
 
 
 def _size() -> tuple[int, int]:

@@ -80,7 +80,9 @@ def open_session(directory: Path, seconds: float) -> AgentSession:
         session.hello(seconds)
     except TimeoutError:
         session.close()
-        raise UserError(f"the agent in the guest does not answer within {seconds:g} s", EXIT_TIMEOUT) from None
+        raise UserError(
+            f"the agent in the guest does not answer within {seconds:g} s", EXIT_TIMEOUT
+        ) from None
     except BaseException:
         session.close()
         raise

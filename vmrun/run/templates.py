@@ -139,9 +139,7 @@ def remove(name: str) -> bool:
     return cache.remove(PREFIX + name)
 
 
-def find_or_make(
-    name: str, spec: SandboxSpec, image: Image, parts: Parts, progress: Progress
-) -> Template:
+def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progress: Progress) -> Template:
     """The template `name`, made first if need be: that boots a machine. Raises UserError and OSError."""
     found = find(name)
     if found is not None:
