@@ -34,7 +34,8 @@
 #define CPUS 8
 #define PAGES 256 /* of memory, for each CPU */
 #define WORDS 512 /* in a page or block */
-#define BLOCKS 512
+#define BLOCKS 256
+#define TOGETHER 16 /* blocks that are read or written at once, at the start and at the end */
 #define BLOCK 4096
 #define SEEN 4096 /* the latest packets that are remembered */
 #define DISC_BYTES (1 << 18)
@@ -175,6 +176,36 @@ static void check_block(uint64_t *block, uint64_t *other, int number)
 	reads++;
 }
 
+/* New contents in all blocks, or what they are now compared with what they should be. */
+static void write_all(void)
+{
+	uint64_t *blocks = aligned_alloc(BLOCK, TOGETHER * BLOCK);
+
+	for (int first = 0; first < BLOCKS; first += TOGETHER) {
+		for (int number = 0; number < TOGETHER; number++)
+			fill(blocks + number * WORDS, first + number);
+		if (pwrite(block_fd, blocks, TOGETHER * BLOCK, (off_t)first * BLOCK) != TOGETHER * BLOCK)
+			failures++;
+	}
+	free(blocks);
+}
+
+static void check_all(void)
+{
+	uint64_t *blocks = aligned_alloc(BLOCK, TOGETHER * BLOCK), block[WORDS];
+
+	for (int first = 0; first < BLOCKS; first += TOGETHER) {
+		if (pread(block_fd, blocks, TOGETHER * BLOCK, (off_t)first * BLOCK) != TOGETHER * BLOCK)
+			failures++;
+		for (int number = 0; number < TOGETHER; number++) {
+			fill(block, first + number);
+			if (memcmp(block, blocks + number * WORDS, BLOCK))
+				bad_blocks++;
+		}
+	}
+	free(blocks);
+}
+
 static void *use_disk(void *argument)
 {
 	uint64_t *block = aligned_alloc(BLOCK, BLOCK), *other = aligned_alloc(BLOCK, BLOCK), state = 1;
@@ -187,8 +218,7 @@ static void *use_disk(void *argument)
 			failures++;
 		usleep(20000);
 	}
-	for (int number = 0; number < BLOCKS; number++)
-		check_block(block, other, number);
+	check_all();
 	if (fsync(block_fd))
 		failures++;
 	return argument;
@@ -314,9 +344,7 @@ int main(int count, char **arguments)
 		puts("load: no disk");
 		return 1;
 	}
-	uint64_t *block = aligned_alloc(BLOCK, BLOCK);
-	for (int number = 0; number < BLOCKS; number++)
-		write_block(block, number);
+	write_all();
 	for (int cpu = 0; cpu < cpus; cpu++) {
 		memories[cpu] = new_memory(cpu);
 		pthread_create(&threads[cpu], NULL, hash_memory, (void *)(intptr_t)cpu);

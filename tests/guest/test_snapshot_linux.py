@@ -1,9 +1,9 @@
 """Linux guests that are paused, saved, restored and cloned in the middle of their work.
 
 The guest is the kit's, on a qcow2 root disk, with a card, a disc and two CPUs. In place of a shell it runs
-snapshot_load.c, which hashes memory on each CPU, writes blocks and reads them back, exchanges packets with the
-host, and counts what is wrong. It boots once, and every test goes on from the snapshots made there: one while
-it rests, one while it works.
+snapshot_load.c, which hashes memory on each CPU, writes blocks and reads them back, exchanges packets with
+the host, and counts what is wrong. It boots once, and every test goes on from the snapshots made there: one
+while it rests, one while it works.
 """
 
 import os
@@ -92,8 +92,8 @@ class Guest:
         return dict(pair.split("=") for pair in self.ask("status").split())
 
     def clock(self) -> float:
-        """How many seconds its wall clock is ahead of ours. It reads it before its first byte; how long before
-        is the luck of a busy host, and the quickest answer tells best.
+        """How many seconds its wall clock is ahead of ours. It reads it before its first byte; how long
+        before is the luck of a busy host, and the quickest answer tells best.
         """
         return max(self._clock() for _ in range(4))
 

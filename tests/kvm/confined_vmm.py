@@ -92,6 +92,7 @@ def main() -> None:
                 if key in given:
                     given[key] = Path(given[key])
             given["disks"] = tuple(options.parse_any_disk(text) for text in given.get("disks", ()))
+            given["nics"] = tuple(options.parse_nic(text) for text in given.get("nics", ()))
             config = MachineConfig(**given)
         console = stack.enter_context(Console()) if words.get("terminal") else None
         outcome = session.run(config, name=words["name"], timeout=60, console=console, saved=saved)

@@ -3,10 +3,12 @@
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ import pytest
 
 from devices.block.qcow2_create import create_qcow2
 from devices.worker.privileges import FIRST_ID
+from tests.unit.test_worker_sandbox import interpreter
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_VMM, UserError
@@ -165,6 +168,67 @@ def test_every_thread_is_nobody_in_an_empty_place(bare_kernel: Kernel, tmp_path:
             assert line[26:].split()[0] != "unlimited", line
 
 
+AS_USER = """
+mknod {place}/kvm c 10 232 && chmod 666 {place}/kvm && mount --bind {place}/kvm /dev/kvm || exit 9
+exec setpriv --reuid {user} --regid {user} --clear-groups {python} -B -c "$0" "$1"
+"""
+# The user's own client asks and stops it, when it has looked at itself.
+USER_PROGRAM = """
+import json, os, subprocess, sys, time
+sys.path[0:0] = {path!r}
+from vmrun.control import runtime
+from vmrun.control.client import MachineClient
+vmm = subprocess.Popen([sys.executable, "-B", "-c", {start!r}, {vmm!r}, sys.argv[1]])
+while "web" not in runtime.running() or not (runtime.base_directory() / "web" / "console.log").stat().st_size:
+    assert vmm.poll() is None
+    time.sleep(0.02)
+with MachineClient("web") as client:
+    pid = client.status().pid
+    print(open(f"/proc/{{pid}}/status").read())
+    try:
+        os.listdir(f"/proc/{{pid}}/root/")
+    except PermissionError:
+        print("nobody looks into it")
+    client.stop(force=True)
+sys.exit(vmm.wait())
+"""
+
+
+@pytest.mark.root
+def test_a_user_is_confined_by_a_user_namespace(bare_kernel: Kernel) -> None:
+    """All but the user id, and the user's own clients are let in."""
+    user = 54321
+    paths = [os.fspath(VMM.parent.parent.parent), *[path for path in sys.path if "site-packages" in path]]
+    start = (
+        f"import runpy, sys; sys.path[0:0] = {paths!r}; del sys.argv[0]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    with tempfile.TemporaryDirectory(prefix="vmrun-test-") as place:
+        shutil.copy(bare_kernel(ECHO), f"{place}/guest.elf")
+        os.chmod(f"{place}/guest.elf", 0o644)
+        os.chown(place, user, user)
+        program = USER_PROGRAM.format(path=paths, start=start, vmm=os.fspath(VMM))
+        words = {"name": NAME, "config": {"kernel": f"{place}/guest.elf"}}
+        script = AS_USER.format(place=place, user=user, python=interpreter(user))
+        run = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", script, program, json.dumps(words)],
+            env={"VMRUN_RUNTIME": f"{place}/run", "TMPDIR": place, "PATH": os.environ["PATH"]},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stderr.splitlines()[-1])
+    assert answer["reason"] == "stopped by force"
+    refused = {layer for layer, _ in answer["refused"]}
+    assert "user id" in refused
+    assert "NoNewPrivs:\t1\n" in run.stdout and "Seccomp:\t2\n" in run.stdout
+    assert f"Uid:\t{user}\t{user}" in run.stdout and "CapEff:\t0000000000000000" in run.stdout
+    assert "nobody looks into it" in run.stdout
+    if "namespaces" not in refused:
+        assert refused == {"user id"}
+
+
 def test_a_dead_worker_is_the_end(bare_kernel: Kernel, tmp_path: Path) -> None:
     """Nobody can be started in its place."""
     with running(config={"kernel": str(bare_kernel(ECHO)), "disks": [disk(tmp_path)]}) as process:
@@ -231,6 +295,58 @@ def test_a_bridge_is_not_for_a_confined_machine() -> None:
     config = MachineConfig(nics=(NicConfig("tap0", bridge="br0"),))
     with pytest.raises(UserError, match="put the tap on br0 yourself"):
         confine.check_confinable(config)
+
+
+INTRUDER = """
+import ctypes, errno, fcntl, json, mmap, os, signal, socket, sys
+sys.path[0:0] = [{root!r}]
+from devices.worker import privileges
+from vmrun.kvm import abi
+from vmrun.machine import confine
+kvm = os.open("/dev/kvm", os.O_RDWR)
+vm = fcntl.ioctl(kvm, abi.KVM_CREATE_VM, 0)
+parent = os.getppid()
+ATTEMPTS = {{
+    "open": lambda: os.open("/etc/passwd", os.O_RDONLY),
+    "socket": lambda: socket.socket(socket.AF_INET),
+    "socketpair": lambda: socket.socketpair(),
+    "fork": lambda: os.fork(),
+    "executable memory": lambda: mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC).close(),
+    "memfd": lambda: os.memfd_create("x"),
+    "kill": lambda: os.kill(parent, 0),
+    "pidfd": lambda: os.pidfd_open(parent),
+    "another's thread": lambda: privileges.syscall(234, parent, parent, 0),
+    "another VM": lambda: fcntl.ioctl(kvm, abi.KVM_CREATE_VM, 0),
+    "another vCPU": lambda: fcntl.ioctl(vm, abi.KVM_CREATE_VCPU, 1),
+    "memory": lambda: fcntl.ioctl(vm, abi.KVM_SET_USER_MEMORY_REGION, bytes(32)),
+}}
+def attempt(what):
+    try:
+        what()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "done"
+if {confined}:
+    confine._enter(1)
+answer = {{name: attempt(what) for name, what in ATTEMPTS.items() if {confined} or name != "fork"}}
+os.write(1, json.dumps(answer).encode())
+if {confined}:
+    os.execv("/bin/true", ["true"])
+"""
+
+
+@pytest.mark.parametrize("confined", [True, False])
+def test_what_an_intruder_tries_fails(confined: bool) -> None:
+    """And succeeds where nothing is confined, or this would prove nothing."""
+    program = INTRUDER.format(root=os.fspath(VMM.parent.parent.parent), confined=confined)
+    run = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, timeout=60)
+    answer = json.loads(run.stdout)
+    if confined:
+        assert answer.pop("open") == "ENOENT"
+        assert set(answer.values()) == {"EPERM"}, answer
+        assert run.returncode == -signal.SIGSYS
+    else:
+        assert set(answer.values()) == {"done"}, answer
 
 
 def test_a_thread_would_stay_outside(bare_kernel: Kernel) -> None:

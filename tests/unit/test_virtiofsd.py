@@ -210,11 +210,17 @@ def test_which_one_it_is_and_how_it_is_called(tmp_path: Path) -> None:
 
 def test_it_is_started_with_nothing_but_its_socket(tmp_path: Path, shared: Path, room: Room) -> None:
     fake = Fake(tmp_path)
+    given = os.open(os.devnull, os.O_RDONLY)  # to us, and meant for nobody else
+    os.set_inheritable(given, True)
     with room.share(Mount(shared, "here"), fake.program) as mount:
+        os.close(given)
         facts = fake.facts
         assert mount.device.features == FS_FEATURES
         assert mount.device.read_config(0, 44) == b"here".ljust(36, b"\0") + b"\1\0\0\0" + bytes(4)
-        mount.device.write_config(0, b"there")
+        mount.device.write_config(8, b"there")  # where the fake one could be written to
+        assert mount.device.read_config(8, 5) == bytes(5)
+        mount.device.pause()
+        assert mount.device.save()["written"] == {}
         assert mount.device.read_config(0, 5) == b"here\0"
     assert "--sandbox=namespace" in facts["argv"] or "--sandbox=chroot" in facts["argv"]  # type: ignore[operator]
     assert f"--shared-dir={shared}" in facts["argv"]  # type: ignore[operator]

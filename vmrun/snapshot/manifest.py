@@ -203,6 +203,8 @@ def _frozen(value: object) -> FrozenFile:
         raise ValueError("a disk's file is not described as one")
     if any(type(value[key]) is not kind for key, kind in kinds.items()):
         raise ValueError("a disk's file has facts of the wrong kind")
+    if b"\0" in os.fsencode(value["path"]):
+        raise ValueError("a disk's file has a name that no file can have")
     return FrozenFile(**value)
 
 
