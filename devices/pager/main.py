@@ -148,10 +148,11 @@ class Pager:
             self._ignore(former)
             os.close(former.uffd)
         self._clients[slot] = client
-        self._epoll.register(client.uffd, select.EPOLLIN)
-        # What a pager that died had read and not answered is asked again.
         try:
+            # What a pager that died had read and not answered is asked again. And only a userfaultfd takes
+            # this: a worker that was taken over may give a socket of its own, where a read would wait.
             client.wake_all()
+            self._epoll.register(client.uffd, select.EPOLLIN)
         except OSError:
             if slot == VMM_SLOT:
                 raise
@@ -160,21 +161,44 @@ class Pager:
         client = next((client for client in self._clients.values() if client.uffd == fd), None)
         if client is None:
             return  # replaced by the message just before, in the same round
-        try:
-            for address in userfaultfd.faults(fd):
-                place = client.locate(address)
-                if place is not None:
-                    self._answer(client, *place)
-        except ProcessLookupError:
-            if client is self._clients[VMM_SLOT]:
-                raise EOFError from None
-            self._ignore(client)  # a worker that is gone; the next one brings its own
+        vmm = self._clients[VMM_SLOT]
+        for address in userfaultfd.faults(fd):
+            place = client.locate(address)
+            if place is None:
+                continue
+            try:
+                filled = self._bring_if_missing(place[0])
+            except ProcessLookupError:
+                raise EOFError from None  # the VMM is gone
+            if filled and client is vmm:
+                continue  # filling woke it
+            try:
+                self._answer(client, *place)
+            except ProcessLookupError:
+                if client is vmm:
+                    raise EOFError from None
+                self._ignore(client)  # a worker that is gone; the next one brings its own
+                return
+            except OSError:
+                if client is vmm:
+                    raise
+                # A worker whose memory is not what it said. Whoever waits there waits; nobody else does.
 
     def _ignore(self, client: Client) -> None:
         try:
             self._epoll.unregister(client.uffd)
         except FileNotFoundError:
-            pass  # ignored before
+            pass  # ignored before, or never listened to
+        except PermissionError:
+            pass  # nothing that could be listened to
+
+    def _bring_if_missing(self, chunk: int) -> bool:
+        """Whether it was."""
+        if not self._missing[chunk]:
+            return False
+        self._last = chunk
+        self._bring(chunk)
+        return True
 
     def _answer(self, client: Client, chunk: int, address: int, size: int) -> None:
         if not self._checksums.is_data(chunk):
@@ -182,10 +206,6 @@ class Pager:
             userfaultfd.zero(client.uffd, address, size)
             return
         self._last = chunk
-        if self._missing[chunk]:
-            self._bring(chunk)
-            if client is self._clients[VMM_SLOT]:
-                return  # filling woke it
         userfaultfd.wake(client.uffd, address, size)
 
     def _bring(self, chunk: int) -> None:

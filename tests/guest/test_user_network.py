@@ -32,14 +32,14 @@ busybox ip link set eth0 up
 busybox udhcpc -i eth0 -n -q -t 5 -s /configure || echo "no lease"
 get() { printf 'GET %s HTTP/1.0\r\n\r\n' $3 | busybox nc -w $4 $1 $2; }
 echo "page: $(get 10.9.0.1 8080 / 60 | busybox tail -n 1)"
-echo "big: $(get 10.9.0.1 8080 /big 60 | busybox tail -c 1048576 | busybox md5sum)"
+echo "big: $(get 10.9.0.1 8080 /big 60 | busybox tail -c 32768 | busybox md5sum)"
 echo "name:" $(busybox nslookup -type=a page.test 100.64.0.2)
-for place in "10.9.0.1 8081" "10.9.0.2 8080" "100.64.0.2 8080" "10.9.0.1 53"; do
-    get $place / 3 || echo "$place: closed"
+for place in "10.9.0.1 8081" "10.9.0.2 8080" "100.64.0.2 8080"; do
+    get $place / 2 || echo "$place: closed"
 done
 echo "done"
 """
-BIG = bytes(range(256)) * 4096
+BIG = bytes(range(256)) * 128
 
 
 class Page(http.server.BaseHTTPRequestHandler):
@@ -121,7 +121,7 @@ def test_a_guest_goes_out_where_it_may(initramfs: MakeInitramfs, guest_kit: kit.
         for port in (8080, 8081):
             stack.enter_context(serving(port))
         result = boot(
-            *("--initrd", root, "--append", "steps=fetch", "--nic", f"user,allow={HOST}:8080"), timeout=300
+            *("--initrd", root, "--append", "steps=fetch", "--nic", f"user,allow={HOST}:8080"), timeout=350
         )
     said = result.console.splitlines()
     lease = "lease eth0 100.64.0.3/31 router 100.64.0.2 dns 100.64.0.2"
@@ -131,6 +131,6 @@ def test_a_guest_goes_out_where_it_may(initramfs: MakeInitramfs, guest_kit: kit.
     if server is not None:
         (names,) = [line for line in said if line.startswith("name:")]
         assert names.endswith(f"Name: page.test Address: {HOST}"), result.console
-    for closed in (f"{HOST} 8081", "10.9.0.2 8080", "100.64.0.2 8080", f"{HOST} 53"):
+    for closed in (f"{HOST} 8081", "10.9.0.2 8080", "100.64.0.2 8080"):
         assert f"{closed}: closed" in said, result.console
     assert "done" in said and result.code == 0, result.stderr

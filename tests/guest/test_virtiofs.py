@@ -60,15 +60,15 @@ class Shell:
 
     def __init__(self, session: AgentSession) -> None:
         self.session = session
-        session.mount("tmpfs", "none", "/mnt", timeout=60)
+        session.mount("tmpfs", "none", "/mnt", timeout=TIMEOUT)
 
     def __call__(self, script: str) -> tuple[int, str]:
         output = Capture()
-        process = self.session.exec(["sh", "-c", f"exec 2>&1; {script}"], stdout=output, timeout=60)
-        return process.wait(100).code or 0, bytes(output.data).decode()
+        process = self.session.exec(["sh", "-c", f"exec 2>&1; {script}"], stdout=output, timeout=TIMEOUT)
+        return process.wait(TIMEOUT).code or 0, bytes(output.data).decode()
 
     def mount(self, tag: str, path: str) -> None:
-        self.session.mount("virtiofs", tag, path, timeout=60)
+        self.session.mount("virtiofs", tag, path, timeout=TIMEOUT)
 
 
 def run(
@@ -164,7 +164,7 @@ def test_linux_mounts_directories(tmp_path: Path, shares: dict[str, Path], confi
     assert outcome == Outcome(EXIT_VMM, f"the virtiofsd of {shares['work']} was killed by signal 9")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1000)
 def test_a_clone_mounts_what_its_template_had_a_place_for(
     tmp_path: Path, shares: dict[str, Path], config: MachineConfig
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_clone_mounts_what_its_template_had_a_place_for(
                 Saving(machine).begin(tmp_path / "another", end=False, done=results.append)
             still = threading.Event()
             machine.loop.call_soon(lambda: machine.pause.pause(lambda error: still.set()))
-            assert still.wait(60)
+            assert still.wait(TIMEOUT)
             machine.loop.call_soon(machine.pause.resume)
             assert shell("cat /mnt/work/hello") == (0, "the host's work\n")
             assert shell("umount /mnt/work")[0] == 0

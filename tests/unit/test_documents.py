@@ -1,4 +1,6 @@
-"""The documents say what is there: command lines parse, files exist, links lead somewhere, tables are complete."""
+"""The documents say what is there: command lines parse, files exist, links lead somewhere, tables are
+whole.
+"""
 
 import json
 import re
@@ -12,7 +14,7 @@ import pytest
 from vmrun import errors
 from vmrun.cli import app, declare, fast_path, options
 from vmrun.cli.exec import exec
-from vmrun.cli.run import run
+from vmrun.cli.run_command import run
 from vmrun.cli.snapshot import clone, restore, snapshot
 from vmrun.control import server
 from vmrun.run import report
@@ -71,7 +73,7 @@ def simple_commands(line: str) -> Iterator[list[str]]:
 
 
 def vmrun_commands(text: str, *, indented: bool) -> Iterator[list[str]]:
-    """The words after `vmrun` of every command line in `text`: in a document what is set off by four blanks."""
+    """The words after `vmrun` of each command line in `text`; of a document, in what is set off by blanks."""
     for line in logical_lines(text):
         if indented and not line.startswith("    "):
             continue
@@ -178,6 +180,13 @@ def test_every_option_is_documented(command: declare.Command, path: str) -> None
             assert re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text), option
 
 
+@pytest.mark.parametrize("keys", [options.DISK_KEYS, options.NIC_KEYS], ids=["disk", "nic"])
+def test_every_key_of_disks_and_cards_is_documented(keys: options.Keys) -> None:
+    text = text_of("docs/guide.md")
+    for key, takes_value in keys.items():
+        assert re.search(rf"`{key}{'=[^`]+' if takes_value else ''}`", text), key
+
+
 @pytest.mark.parametrize("path", ["docs/guide.md", "docs/run.md"])
 def test_every_exit_code_is_documented(path: str) -> None:
     text = text_of(path)
@@ -220,7 +229,7 @@ def test_every_key_of_json_is_documented() -> None:
 def test_every_phase_is_documented() -> None:
     named = {
         phase
-        for file in ("cli/run.py", "run/sandbox.py", "run/command.py")
+        for file in ("cli/run_command.py", "run/sandbox.py", "run/command.py")
         for phase in re.findall(r'phases\.phase\("([^"]+)"\)', text_of(f"vmrun/{file}"))
     }
     assert named == {row.strip("`") for row in rows(text_of("docs/run.md"), "phase")}

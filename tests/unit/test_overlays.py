@@ -168,3 +168,8 @@ def test_names_are_new_and_do_not_grow_with_each_snapshot(stem: str, label: str)
     name = free_name(path, label)
     assert name.parent == path.parent and name.suffix == ".qcow2" and not name.exists()
     assert len(free_name(free_name(path)).name) == len(free_name(path).name)
+
+
+def test_a_base_that_nobody_may_write_to_is_only_read(base: DiskConfig, tmp_path: Path) -> None:
+    base.path.chmod(0o444)
+    os.close(create_overlay(base, tmp_path))

@@ -528,6 +528,21 @@ def test_a_client_that_lies_about_its_addresses_stops_only_itself(restore: Start
         assert made.lazy.restarts == 0
 
 
+def test_a_client_that_gives_something_else_than_a_userfaultfd(restore: Start, tmp_path: Path) -> None:
+    made = restore()
+    ours, theirs = socket.socketpair()
+    with ours, theirs, open(tmp_path / "memory", "rb") as file:
+        theirs.sendall(b"x")
+        # The pager would wait in a read of it, or not be able to listen to it at all.
+        for name, fd in (("socket", ours.fileno()), ("file", file.fileno())):
+            made.lazy.add_client(name, os.dup(fd), [(1 << 32, SIZE, 0)])
+        made.lazy.add_client("file", os.dup(ours.fileno()), [(1 << 32, SIZE, 0)])
+        for at in range(4):
+            assert made.ram.memory.read(at * MIB, 8) == PATTERN[at * MIB : at * MIB + 8]
+        assert made.lazy.restarts == 0
+        assert ours.recv(1) == b"x"
+
+
 def table_of(ram: Ram) -> tuple[bytes, list[int]]:
     regions = ram.memory.regions
     table = MEM_TABLE.pack(len(regions), 0)

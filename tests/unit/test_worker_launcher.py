@@ -22,7 +22,18 @@ from devices.worker.sandbox import package_root
 STANDARD_LIBRARY = {
     *("__future__", "_thread", "abc", "array", "codecs", "collections", "collections.abc", "ctypes"),
     *("ctypes._endian", "encodings", "encodings.aliases", "encodings.utf_8", "errno", "genericpath", "io"),
-    *("itertools", "keyword", "mmap", "operator", "os", "os.path", "posixpath", "reprlib", "resource"),
+    *(
+        "fcntl",
+        "itertools",
+        "keyword",
+        "mmap",
+        "operator",
+        "os",
+        "os.path",
+        "posixpath",
+        "reprlib",
+        "resource",
+    ),
     *(
         "select",
         "stat",

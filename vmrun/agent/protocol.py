@@ -23,8 +23,10 @@ REQUEST_MAX = 4 << 20
 
 MAGIC = b"\xf5vmrun-agent\xc1\xe2\xd3\xb4"
 NONCE_BYTES = 16
-HELLO = struct.Struct("<16sHHI16s16s")  # magic, version, flags (0), window, own nonce, echo of the other's
+HELLO = struct.Struct("<16sHHI16s16s")  # magic, version, flags, window, own nonce, echo of the other's
 NOBODY = bytes(NONCE_BYTES)
+HELLO_AT_ONCE = 1
+"""A flag of a hello: frames follow at once. In the agent's: it takes them."""
 
 REQUEST, REPLY, DATA, END, CREDIT, EXIT, SIGNAL, RESIZE, STOP = range(1, 10)
 FLAG_MORE = 1  # of a REQUEST
@@ -147,8 +149,8 @@ def texts(values: Sequence[str | bytes]) -> bytes:
     return struct.pack("<I", len(values)) + b"".join(text(value) for value in values)
 
 
-def hello(nonce: bytes, echo: bytes) -> bytes:
-    return HELLO.pack(MAGIC, VERSION, 0, WINDOW, nonce, echo)
+def hello(nonce: bytes, echo: bytes, flags: int = 0) -> bytes:
+    return HELLO.pack(MAGIC, VERSION, flags, WINDOW, nonce, echo)
 
 
 def parse_reply(payload: bytes) -> tuple[int, int, bytes]:

@@ -27,6 +27,7 @@ from vmrun.agent.protocol import (
     EXEC_TTY,
     HEADER,
     HELLO,
+    HELLO_AT_ONCE,
     LINGER_FOREVER,
     MAGIC,
     NOBODY,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from vmrun.agent.process import Sink, Source
 
-    W = TypeVar("W", Process, "_Answer")
+    W = TypeVar("W", Process, "_Answer", "_Duty")
 
 MERGED = Capture(0)
 """For `stderr`: into the same pipe as stdout, in the order in which it was written."""
@@ -59,6 +60,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 
 _RECEIVE_BYTES = 4 * (HEADER.size + PAYLOAD_MAX)
 _HELLO_AGAIN = 0.25
+_CLOCK_TOLERANCE = 500_000_000  # ns that a restored guest's clock may be off: this is on its way for a while
 _CHANNELS = 200
 _ERROR_TEXT_BYTES = 4096
 _NUMBERS = frozenset(
@@ -104,6 +106,24 @@ class _Answer:
         return self.reply
 
 
+class _Duty:
+    """The reply to what nobody waits for, and without which the session may not go on."""
+
+    __slots__ = ("_what",)
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def on_reply(self, payload: bytes) -> bool:
+        number, _, _ = protocol.parse_reply(payload)
+        if number:
+            raise AgentGone(f"{self._what}: {os.strerror(number)}")
+        return False
+
+    def on_failure(self, failure: AgentGone) -> None:
+        pass
+
+
 class AgentSession:
     """Owns `sock` (blocking, SOCK_STREAM). `hello` comes first; then any number of commands at once."""
 
@@ -111,9 +131,10 @@ class AgentSession:
         self._sock = sock
         self._sending = threading.Lock()
         self._lock = threading.Lock()
-        self._channels: dict[int, Process | _Answer] = {}
+        self._channels: dict[int, Process | _Answer | _Duty] = {}
         self._next = 0
         self._nonce = b""
+        self._peer_flags = 0
         self._failure: AgentGone | None = None
         self._reader: threading.Thread | None = None
 
@@ -172,7 +193,27 @@ class AgentSession:
             raise
         except OSError as error:
             raise AgentGone(f"the connection to the agent has ended: {error.strerror}") from error
-        self._reader = threading.Thread(target=self._read, args=(bytes(seen),), daemon=True, name="agent")
+        self._listen(bytes(seen))
+
+    def hello_restored(self) -> None:
+        """Begin with an agent that waited for a host when its machine was saved: nothing is waited for.
+
+        Before anything that is asked for later the guest gets random numbers of its own, and the right time
+        where its clock is more than half a second off. Should it refuse either, the session ends and
+        every call raises AgentGone.
+        """
+        self._nonce = os.urandom(NONCE_BYTES)
+        entropy = self._frames(
+            lambda channel: _Duty("adding entropy"), protocol.OP_ADD_ENTROPY, os.urandom(64)
+        )
+        now = time.time_ns()
+        fields = struct.pack("<QIQ", now // 10**9, now % 10**9, _CLOCK_TOLERANCE)
+        clock = self._frames(lambda channel: _Duty("setting the clock"), protocol.OP_SET_TIME, fields)
+        self._listen(None)
+        self._send(protocol.hello(self._nonce, NOBODY, HELLO_AT_ONCE) + entropy[0] + clock[0])
+
+    def _listen(self, begun: bytes | None) -> None:
+        self._reader = threading.Thread(target=self._read, args=(begun,), daemon=True, name="agent")
         self._reader.start()
 
     def ping(self, timeout: float | None = 10.0) -> float:
@@ -395,11 +436,17 @@ class AgentSession:
 
     def _open(self, make: Callable[[int], W], operation: int, fields: bytes) -> W:
         """Take a channel, send the request, and return who waits for what comes on the channel."""
+        if self._reader is None:
+            raise AgentGone("the session has not begun")
+        frames, waiter = self._frames(make, operation, fields)
+        self._send(frames)
+        return waiter
+
+    def _frames(self, make: Callable[[int], W], operation: int, fields: bytes) -> tuple[bytes, W]:
+        """Take a channel: the request in bytes, and who waits for what comes on the channel."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
-            if self._reader is None:
-                raise AgentGone("the session has not begun")
             if len(self._channels) >= _CHANNELS:
                 raise AgentError(f"{_CHANNELS} commands are under way in this guest already")
             # A number just used is used again last: easier to follow in a trace.
@@ -414,8 +461,7 @@ class AgentSession:
             with self._lock:
                 del self._channels[channel]
             raise
-        self._send(frames)
-        return waiter
+        return frames, waiter
 
     def send(self, kind: int, flags: int, channel: int, payload: bytes = b"") -> None:
         """One frame; waits while the guest takes nothing. Raises AgentGone."""
@@ -436,7 +482,7 @@ class AgentSession:
         while at >= 0:
             begin = at - (HELLO.size - NONCE_BYTES)
             if begin >= 0 and seen.startswith(MAGIC, begin):
-                _, version, _, window, peer, _ = HELLO.unpack_from(seen, begin)
+                _, version, self._peer_flags, window, peer, _ = HELLO.unpack_from(seen, begin)
                 if version != protocol.VERSION or window != protocol.WINDOW:
                     raise AgentError(
                         f"the agent in the guest speaks version {version}, not {protocol.VERSION}"
@@ -448,12 +494,26 @@ class AgentSession:
         del seen[: max(0, len(seen) - HELLO.size)]
         return None
 
-    def _read(self, begun: bytes) -> None:
+    def _await_hello(self) -> bytes:
+        """What came after the agent's answer to `hello_restored`."""
+        seen = bytearray()
+        while self._find_hello(seen) is None:
+            data = self._sock.recv(PAYLOAD_MAX)
+            if not data:
+                raise AgentGone("the connection to the agent has ended")
+            seen += data
+        if not self._peer_flags & HELLO_AT_ONCE:
+            raise AgentGone("the agent in the guest is too old")
+        return bytes(seen)
+
+    def _read(self, begun: bytes | None) -> None:
         buffer = bytearray(_RECEIVE_BYTES)
         view = memoryview(buffer)
-        view[: len(begun)] = begun
-        have = len(begun)
         try:
+            if begun is None:
+                begun = self._await_hello()
+            view[: len(begun)] = begun
+            have = len(begun)
             while True:
                 used = self._take_frames(view, have)
                 # Less than a frame is left, so there is always room to receive into.
@@ -466,6 +526,8 @@ class AgentSession:
                 have += count
         except AgentGone as failure:
             self._fail(failure)
+        except AgentError as error:
+            self._fail(AgentGone(str(error)))
         except OSError as error:
             self._fail(AgentGone(f"the connection to the agent has ended: {error.strerror}"))
 

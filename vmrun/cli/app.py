@@ -41,7 +41,13 @@ from vmrun.cli.declare import Command
 
 # The commands under their headings in `vmrun --help`, and the file of each. A group is its file's name.
 GROUPS: dict[str, dict[str, str]] = {
-    "Run commands": {"run": "run", "exec": "exec", "shell": "exec", "cp": "exec", "template": "template"},
+    "Run commands": {
+        "run": "run_command",
+        "exec": "exec",
+        "shell": "exec",
+        "cp": "exec",
+        "template": "template",
+    },
     "Start machines": {"boot": "boot", "up": "up", "restore": "snapshot", "clone": "snapshot"},
     "Look at machines": {
         "ps": "machines",

@@ -24,8 +24,9 @@ def boot(
         list[str] | None,
         Option(
             "--nic",
-            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE][,rom=FILE]",
-            help="A network card on TAP, made if it is not there; ip= is for the host's end. Repeatable.",
+            metavar="TAP|user[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE][,rom=FILE]",
+            help="A network card on TAP, made if it is not there; ip= is for the host's end. Or user: through "
+            "passt, without root. Repeatable.",
         ),
     ] = None,
     cdrom: Annotated[

@@ -40,9 +40,12 @@ def net(
     from vmrun.cli.options import parse_nic
     from vmrun.host.nics import Nics
 
-    with Nics([parse_nic(nic)], "worker") as nics:
+    config = parse_nic(nic)
+    if config.user:
+        raise UserError("--nic user: passt would outlive the worker: give a tap")
+    with Nics([config], "worker") as nics:
         (card,) = nics
-        _become("net", socket, card.words, {"tap": card.tap.fd})
+        _become("net", socket, card.words, card.fds)
 
 
 def _become(kind: str, path: Path, words: "Mapping[str, str]", fds: "Mapping[str, int]") -> NoReturn:

@@ -31,7 +31,8 @@ def check_together(document: Document, machines: Iterable[MachineEntry]) -> None
                 take(where, machine, "disk", os.path.realpath(disk.path), disk.read_only or disk.throw_away)
         for index, nic in enumerate(machine.config.nics):
             where = (*machine.keys["nics"], index)
-            take(where, machine, "tap", nic.tap)
+            if not nic.user:
+                take(where, machine, "tap", nic.tap)
             if nic.mac is not None:
                 take(where, machine, "mac", nic.mac.hex(":"))
 

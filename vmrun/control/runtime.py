@@ -163,6 +163,18 @@ def find(name: str) -> Path:
     raise not_found(name, list(names))
 
 
+def settle(name: str, outcome: str | None) -> None:
+    """Remove what the machine `name`, which has ended, left because it could not do so itself; with `outcome`,
+    JSON, its logs are kept.
+    """
+    with _locked_base() as base:
+        path = base / name
+        if path.is_dir() and not _is_held(path / LOCK):
+            if outcome is not None:
+                _keep(base, path, outcome)
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def not_found(name: str, names: list[str]) -> UserError:
     from difflib import get_close_matches
 

@@ -184,9 +184,13 @@ class ControlServer:
     def _reset(self, machine: Controlled, client: "Client", request: Request) -> None:
         request.no_more()
         client.begin(request.id)
+        try:
+            machine.reset()
+        except UserError:
+            client.pending.discard(request.id)
+            raise
         self._resetting.append((client, request.id))
         self.tell("resetting")
-        machine.reset()
 
     def _pause(self, machine: Controlled, client: "Client", request: Request) -> None:
         request.no_more()

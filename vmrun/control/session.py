@@ -40,12 +40,18 @@ def run(
     console: Console | None = None,
     starter: Starter | None = None,
     saved: "SavedMachine | None" = None,
+    confined: bool = False,
 ) -> "Outcome":
     """Run the machine as `name`, or as a name made up here, to its end. Raises UserError and OSError.
 
     The guest's console is `console`, if there is one, and whoever attaches. A machine with a `starter` is
-    detached, and its logs outlive it. With `saved` it begins where that was, until it is reset.
+    detached, and its logs outlive it. With `saved` it begins where that was, until it is reset. `confined`:
+    its VMM gives up what it can (vmrun.machine.confine); whoever started it removes its runtime directory.
     """
+    if confined:
+        from vmrun.machine.confine import check_confinable
+
+        check_confinable(config)
     directory = runtime.claim(name)
     ending = (EXIT_VMM, "vmrun failed")
     stack = ExitStack()
@@ -59,7 +65,7 @@ def run(
         stack.callback(server.close)
         overlays = stack.enter_context(Overlays(config.disks))
         config = replace(config, name=directory.name, disks=overlays.disks)
-        lives = _Lives(config, hub, server, starter, directory, overlays)
+        lives = _Lives(config, hub, server, starter, directory, overlays, confined)
         outcome = lives.run(timeout, saved)
         ending = (outcome.code, outcome.reason)
         return outcome
@@ -75,6 +81,8 @@ def run(
             code, reason = ending
             if server is not None:
                 server.hub.flush()
+            if confined:
+                directory.abandon()
             kept = {"code": code, "reason": reason, "time": time.time()}
             directory.release(json.dumps(kept) if starter is not None else None)
             if server is not None:
@@ -92,6 +100,7 @@ class _Lives:
         starter: Starter | None,
         directory: runtime.RuntimeDirectory,
         overlays: Overlays,
+        confined: bool,
     ) -> None:
         self._config = config
         self._hub = hub
@@ -100,6 +109,7 @@ class _Lives:
         self._told = False  # that the machine runs
         self._path = directory.path / runtime.CONFIG
         self._overlays = overlays
+        self._confined = confined
 
     def run(self, timeout: float | None, saved: "SavedMachine | None") -> "Outcome":
         from vmrun.machine.machine import run
@@ -113,7 +123,7 @@ class _Lives:
                 )
             finally:
                 self._server.leave()
-            if not outcome.restart:
+            if not outcome.restart or self._confined:
                 return outcome
             saved = None  # what was reset begins at its beginning
             if deadline is not None:
@@ -140,7 +150,7 @@ class _Lives:
             machine.stack.callback(listener.close)
             machine.greet(listener.links)
         machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
-        self._server.serve(machine.loop, MachineControl(machine))
+        self._server.serve(machine.loop, MachineControl(machine, confined=self._confined))
         if self._starter is not None and self._starter.owner_fd >= 0:
             machine.loop.watch(
                 self._starter.owner_fd, lambda: machine.end(EXIT_VMM, "whoever started the machine is gone")
@@ -153,3 +163,7 @@ class _Lives:
                     machine.end(EXIT_VMM, "whoever started the machine was gone before it ran")
 
             machine.loop.call_soon(tell)
+        if self._confined:
+            from vmrun.machine.confine import confine
+
+            confine(machine)

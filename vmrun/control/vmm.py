@@ -17,7 +17,7 @@ from vmrun.errors import EXIT_VMM, UserError
 from vmrun.machine.config import MachineConfig
 
 if TYPE_CHECKING:
-    from vmrun.machine.config import NicConfig
+    from vmrun.machine.config import Mount, NicConfig
 
 # What the fresh interpreter executes; no file of the user's gets in between.
 STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main; main()"
@@ -26,9 +26,10 @@ STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main
 @dataclass(frozen=True, slots=True)
 class VmmRequest:
     """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
-    disks and cards, unless `disks` are where these were moved to, or `nics` are others. `throw_away`: what it
-    writes to them is forgotten. `hold`: it stays paused. `greet`: its guest is told who it is now. `timeout`
-    is in seconds.
+    disks and cards, unless `disks` are where these were moved to, or `nics` are others; `mounts` go to the places
+    that it has for them. `throw_away`: what it writes to its disks is forgotten. `hold`: it stays paused.
+    `greet`: its guest is told who it is now. `confined`: its VMM gives up what it can. It enters `cgroup`
+    first. `timeout` is in seconds.
     """
 
     config: MachineConfig | None = None
@@ -37,7 +38,10 @@ class VmmRequest:
     nics: "tuple[NicConfig, ...]" = ()
     throw_away: bool = True
     hold: bool = False
+    mounts: "tuple[Mount, ...]" = ()
     greet: bool = True
+    confined: bool = False
+    cgroup: Path | None = None
     name: str | None = None
     timeout: float | None = None
 
@@ -45,31 +49,51 @@ class VmmRequest:
         """In the machine's process: its exit code, and why. Raises as `session.run`."""
         from vmrun.control import session
 
+        if self.cgroup is not None:
+            (self.cgroup / "cgroup.procs").write_text("0")
         if self.snapshot is None:
             if self.config is None:
                 raise UserError("neither a configuration nor a snapshot to start", EXIT_VMM)
-            outcome = session.run(self.config, name=self.name, timeout=self.timeout, starter=starter)
+            outcome = session.run(
+                self.config,
+                name=self.name,
+                timeout=self.timeout,
+                starter=starter,
+                confined=self.confined,
+            )
             return outcome.code, outcome.reason
         from vmrun.snapshot.restore import Snapshot
 
         with Snapshot(self.snapshot, hold=self.hold, greet=self.greet) as saved:
-            config = saved.config(disks=self.disks, nics=self.nics, throw_away=self.throw_away)
-            outcome = session.run(config, name=self.name, timeout=self.timeout, starter=starter, saved=saved)
+            config = saved.config(
+                disks=self.disks, nics=self.nics, mounts=self.mounts, throw_away=self.throw_away
+            )
+            outcome = session.run(
+                config,
+                name=self.name,
+                timeout=self.timeout,
+                starter=starter,
+                saved=saved,
+                confined=self.confined,
+            )
         return outcome.code, outcome.reason
 
     def describe(self) -> dict[str, Any]:
         """As JSON has it."""
         from vmrun.machine.config_json import describe_config
 
-        carrier = MachineConfig(nics=self.nics)
+        carrier = describe_config(MachineConfig(nics=self.nics, mounts=self.mounts))
         return {
             "config": None if self.config is None else describe_config(self.config),
             "snapshot": None if self.snapshot is None else os.fspath(self.snapshot),
             "disks": [os.fspath(disk) for disk in self.disks],
-            "nics": describe_config(carrier)["nics"],
+            "nics": carrier["nics"],
+            "mounts": carrier["mounts"],
             "throw_away": self.throw_away,
             "hold": self.hold,
             "greet": self.greet,
+            "confined": self.confined,
+            "cgroup": None if self.cgroup is None else os.fspath(self.cgroup),
             "name": self.name,
             "timeout": self.timeout,
         }
@@ -87,7 +111,10 @@ def parse_request(described: dict[str, Any]) -> VmmRequest:
         parse_config({"nics": described["nics"]}).nics,
         described["throw_away"],
         described["hold"],
+        parse_config({"mounts": described["mounts"]}).mounts,
         described["greet"],
+        described["confined"],
+        None if described["cgroup"] is None else Path(described["cgroup"]),
         described["name"],
         described["timeout"],
     )

@@ -90,6 +90,26 @@ class OpenDisk:
             return int(self.header.size)
         return -(-os.lseek(self.fd, 0, os.SEEK_END) // SECTOR_SIZE) * SECTOR_SIZE
 
+    def read_again(self) -> None:
+        """After its worker has ended, which may have made the image larger. UserError when it has another
+        backing file than before: no worker of ours does that, and whoever took one over could have us open
+        any file of the directory as a part of the disk.
+        """
+        before = self.header
+        if before is None:
+            return
+        try:
+            now = Header(self.fd)
+        except ImageError as error:
+            raise UserError(f"disk {self.config.path}: {error}", EXIT_IMAGE) from None
+        if (now.backing_file, now.backing_format) != (before.backing_file, before.backing_format):
+            raise UserError(
+                f"disk {self.config.path}: its header names another backing file than when it was opened, "
+                "which nothing but a compromised worker does: compare it with a backup",
+                EXIT_IMAGE,
+            )
+        self.header = now
+
     def unlock(self) -> None:
         """To open the file anew while whoever made it still has a descriptor, which shares the lock."""
         fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, 0, 0, 0))
@@ -166,6 +186,8 @@ class MachineDisk(OpenDisk):
         words = {"format": self.format, "read_only": str(int(config.read_only))}
         if config.serial:
             words["serial"] = config.serial
+        if config.quota is not None:
+            words["quota"] = str(config.quota)
         if self.backing:
             words["backing"] = ",".join(disk.config.format for disk in self.backing)
         headers = [disk.header for disk in (self, *self.backing)]

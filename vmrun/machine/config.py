@@ -19,7 +19,8 @@ class DiskConfig:
     `serial` is what the guest reads as the disk's identity: at most 20 printable ASCII characters. `backing`
     are directories that backing files may lie in, symbolic links resolved, besides the disk's own.
 
-    `throw_away`: the guest's writes go to an overlay that ends with the machine; `overlay`, when it is there
+    `throw_away`: the guest's writes go to an overlay that ends with the machine, and that grows to `quota`
+    bytes at most; `overlay`, when it is there
     already, is the descriptor of that file, which stays its opener's (`vmrun.host.overlays`).
     """
 
@@ -29,6 +30,7 @@ class DiskConfig:
     serial: str = ""
     backing: tuple[Path, ...] = ()
     throw_away: bool = False
+    quota: int | None = None
     overlay: int | None = field(default=None, compare=False, repr=False)
 
 

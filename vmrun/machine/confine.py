@@ -46,9 +46,7 @@ THREAD_HEAP = 128 << 20
 # What is imported when it is needed, and could not be then.
 IMPORTED_LATER = (
     "calendar",
-    "difflib",
     "encodings.ascii",
-    "encodings.idna",
     "encodings.latin_1",
     "linecache",
     "socket",

@@ -22,8 +22,9 @@ BLOCK = 512  # what st_blocks counts, stat(2)
 class MachineControl:
     """`vmrun.control.server.Controlled` for one life of a machine."""
 
-    def __init__(self, machine: "Machine") -> None:
+    def __init__(self, machine: "Machine", *, confined: bool = False) -> None:
         self._machine = machine
+        self._confined = confined
         self._stopping = False
         self._saving = Saving(machine)
         self._started = time.time()
@@ -70,17 +71,24 @@ class MachineControl:
 
     def reset(self) -> None:
         """End the machine, and have it started again with the memory and devices of a new one."""
+        self._check_unconfined("reset")
+        self._refuse_while_saving()
         self._machine.end(0, "reset", restart=True)
 
     def pause(self, done: "Done") -> None:
         if self._stopping:
             raise UserError(f"{self._machine.config.name} is being stopped")
+        # It would be paused at once, and go on all the same when the snapshot is there.
+        self._refuse_while_saving()
         self._machine.pause.pause(done)
 
     def resume(self) -> None:
+        self._refuse_while_saving()
+        self._machine.pause.resume()
+
+    def _refuse_while_saving(self) -> None:
         if self._saving.busy:
             raise UserError(f"a snapshot of {self._machine.config.name} is being made: it goes on by itself")
-        self._machine.pause.resume()
 
     def resize(self, disk: int, size: int, done: "Done") -> None:
         """Let disk `disk` have `size` bytes, and tell `done`. It waits for the disk's worker: on a thread."""
@@ -98,10 +106,15 @@ class MachineControl:
 
         threading.Thread(target=work, name="resize", daemon=True).start()
 
+    def _check_unconfined(self, what: str) -> None:
+        if self._confined:
+            raise UserError(f"{self._machine.config.name} is confined, and so cannot be {what}")
+
     def snapshot(self, directory: Path, end: bool, done: "Told") -> None:
         """Write a snapshot, and tell `done` what came of it. The machine is paused for it, and goes on if it
         ran before, unless it is to `end`.
         """
+        self._check_unconfined("saved")
         if self._stopping:
             raise UserError(f"{self._machine.config.name} is being stopped")
         self._saving.begin(directory, end=end, done=done)

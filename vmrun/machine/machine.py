@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from devices.vhost.frontend import VhostUserDevice
     from devices.virtio.console_ports import Port
     from vmrun.boot.firmware import Firmware
+    from vmrun.machine.mounts import SharedDirectory
     from vmrun.machine.ports import PortLink
     from vmrun.machine.workers import SupervisedWorker
     from vmrun.snapshot.memory_file import OpenMemory
@@ -178,13 +179,22 @@ class Machine:
         for index, disk in zip(positions, disks, strict=True):
             from vmrun.machine.workers import SupervisedWorker
 
-            worker = SupervisedWorker("blk", f"blk{index}", disk.words, disk.fds, self.lazy)
+            words = {**disk.words, "memory": str(config.memory)}
+            worker = SupervisedWorker("blk", f"blk{index}", words, disk.fds, self.lazy)
             workers[worker.name] = stack.enter_context(worker)
         for index, nic in enumerate(nics):
             from vmrun.machine.workers import SupervisedWorker
 
-            worker = SupervisedWorker("net", f"net{index}", nic.words, {"tap": nic.tap.fd}, self.lazy)
+            words = {**nic.words, "memory": str(config.memory)}
+            worker = SupervisedWorker("net", f"net{index}", words, nic.fds, self.lazy)
             workers[worker.name] = stack.enter_context(worker)
+
+        self._mounts: list[SharedDirectory] = []
+        for index, mount in enumerate(config.mounts):
+            from vmrun.machine.mounts import SharedDirectory
+
+            shared = SharedDirectory(mount, f"mount{index}", self.lazy)
+            self._mounts.append(stack.enter_context(shared))
 
         state = self._firmware = self._flash = None
         if boot is not None:
@@ -198,6 +208,7 @@ class Machine:
             self._flash = stack.enter_context(Flash(self._firmware.image))
         self.loop = EventLoop()
         stack.callback(self.loop.close)
+        nics.watch(self.loop, self.end)
         kvm = stack.enter_context(_open_kvm())
         vm = stack.enter_context(self._create_vm(kvm))
         supported = kvm.supported_cpuid()
@@ -341,6 +352,11 @@ class Machine:
                 stack.callback(workers[name].quit)
             self._plug_virtio_device(device, name)
             self.devices[name] = device
+        for shared in self._mounts:
+            device = shared.connect(self.ram.memory, self.board, self.loop, self.end)
+            stack.callback(shared.quit)
+            self._plug_virtio_device(device, shared.name)
+            self.devices[shared.name] = device
 
     def _plug_virtio_device(self, device: VirtioDevice, name: str) -> None:
         identity = virtio_identity(device.device_id) if self.config.legacy_virtio else None
@@ -427,14 +443,15 @@ class Machine:
         before = sum(isinstance(disk, DiskConfig) for disk in self.config.disks[:index])
         return self._disks[before]
 
-    def exchange_disk(self, index: int, config: DiskConfig) -> None:
-        """Let disk `index` be what `config` says from now on: its worker was released. While the machine is
-        paused, on a parked vCPU's thread. Raises UserError and OSError.
+    def exchange_disk(self, index: int, config: DiskConfig | None = None) -> None:
+        """Let disk `index` be what `config` says from now on, or what it was: its worker was released. While
+        the machine is paused, on a parked vCPU's thread. Raises UserError and OSError.
         """
         before = sum(isinstance(disk, DiskConfig) for disk in self.config.disks[:index])
-        disk = self._disks.exchange(before, config)
+        disk = self._disks[before] if config is None else self._disks.exchange(before, config)
         worker = self.workers[f"blk{index}"]
-        channel = self.loop.ask(lambda: worker.launch_another(disk.words, disk.fds))
+        words = {**disk.words, "memory": str(self.config.memory)}
+        channel = self.loop.ask(lambda: worker.launch_another(words, disk.fds))
         try:
             self.devices[f"blk{index}"].restart(channel)
         except ProtocolError as error:

@@ -160,4 +160,5 @@ class Pause:
     def _tell(self, error: str | None) -> None:
         waiting, self._waiting = self._waiting, []
         for done in waiting:
-            done(error)
+            # Who was told before may have resumed it.
+            done("it was resumed meanwhile" if error is None and not self.paused else error)

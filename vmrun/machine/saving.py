@@ -37,13 +37,16 @@ class Saving:
             raise UserError(f"{directory}: give the whole path of the snapshot")
         save.check(machine.config)
         self.busy = True
-        ran = not machine.pause.paused
+        # Whom it is paused for, or about to be, does not want it to go on.
+        ran = not (machine.pause.paused or machine.pause.pausing)
 
         def write() -> None:
             """On the thread of a parked vCPU."""
             result: Saved | UserError
             try:
                 result = save.save(machine, directory, go_on=not end)
+                if not end:
+                    self._adopt(result)
             except UserError as error:
                 result = error
             except Exception as error:
@@ -60,6 +63,17 @@ class Saving:
 
         machine.pause.pause(still)
 
+    def _adopt(self, result: "Saved") -> None:
+        """From now on the machine has other disks: before anything can happen to it, such as a reset, which
+        would go on with the frozen ones. On the parked vCPU's thread.
+        """
+        machine = self._machine
+        try:
+            machine.loop.ask(lambda: machine.adopt(result.config))
+        except OSError:
+            # The main loop has ended, and its thread waits for this one.
+            machine.adopt(result.config)
+
     def _finish(self, result: "Saved | UserError", end: bool, ran: bool, done: Told) -> None:
         self.busy = False
         machine = self._machine
@@ -70,10 +84,8 @@ class Saving:
             return
         if end:
             machine.end(0, f"saved to {result.directory}")
-        else:
-            machine.adopt(result.config)
-            if ran:
-                machine.pause.resume()
+        elif ran:
+            machine.pause.resume()
         done(
             {
                 "directory": os.fspath(result.directory),

@@ -1,6 +1,6 @@
 """The system calls a confined VMM may make: one table with a reason for each. VMM process.
 
-What is here was found by tracing machines at work (consoles, disks, cards, agents, pauses, restores from a
+What is here was found by tracing machines at work (consoles, disks, a disc, agents, pauses, restores from a
 snapshot, ends of every kind), and a test takes out each entry and sees something fail
 (tests/kvm/test_vmm_syscalls.py). It is longer than a worker's list, for this process has vCPUs, clients and
 children. It has none of what opens, makes or names a thing: no file, no socket, no process, no executable

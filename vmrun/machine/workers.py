@@ -48,6 +48,7 @@ RESTART_DELAYS = (0.0, 0.5, 2.0)
 
 # How long a worker that was let go may take to finish its requests and flush its image.
 RELEASE_SECONDS = 120.0
+RELEASE_LOOK_SECONDS = 0.5  # how often it is asked whether the machine ended meanwhile
 
 DEAD_WORKER_SECONDS = 2.0  # how long a broken channel may precede the news of its worker's death
 
@@ -145,8 +146,12 @@ class SupervisedWorker:
         """
         self._released = True
         self.device.release()
-        if not self._gone.wait(RELEASE_SECONDS):
-            raise TimeoutError(f"worker {self.name} does not end")
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while not self._gone.wait(RELEASE_LOOK_SECONDS):
+            # The main loop reaps it. Where that has ended nobody waits for two minutes: OSError.
+            self._loop.ask(lambda: None)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"worker {self.name} does not end")
         if self.worker.exit_code != 0:
             raise OSError(self.worker.describe_exit())
 

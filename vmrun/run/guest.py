@@ -22,7 +22,10 @@ from vmrun.machine.config import DiskConfig, MachineConfig
 from vmrun.run.spec import SandboxSpec
 
 BOOT_SECONDS = 120.0  # for a kernel whose instructions are interpreted, on a loaded host
-ANSWER_SECONDS = 30.0  # for an agent that was running when it was saved
+ANSWER_SECONDS = 60.0  # for an agent that was running when it was saved
+# A clone's memory comes when it is touched. Linux would switch to another task for each page that is not
+# there yet, and back when it is: that takes longer than to wait, much longer where kernels are interpreted.
+LEAN = ("no-kvmapf",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,13 @@ def machine_config(spec: SandboxSpec, image: Image, parts: Parts) -> MachineConf
         backing=tuple(dict.fromkeys(path.parent for path in image.backing)),
         throw_away=True,
     )
-    words = [parts.kit.default_cmdline, "root=/dev/vda", f"rootfstype={image.file_system or 'ext4'}", "rw"]
+    words = [
+        parts.kit.default_cmdline,
+        *LEAN,
+        "root=/dev/vda",
+        f"rootfstype={image.file_system or 'ext4'}",
+        "rw",
+    ]
     return MachineConfig(
         memory=spec.memory,
         cpus=spec.cpus,
@@ -83,6 +92,20 @@ def open_session(directory: Path, seconds: float) -> AgentSession:
         raise UserError(
             f"the agent in the guest does not answer within {seconds:g} s", EXIT_TIMEOUT
         ) from None
+    except BaseException:
+        session.close()
+        raise
+    return session
+
+
+def connect_restored(directory: Path) -> AgentSession:
+    """A session with the agent of a machine that was made of a template, by its runtime directory. Returns at
+    once: the guest gets random numbers of its own and the right time before anything that it is asked for.
+    AgentGone when the machine ends instead.
+    """
+    session = AgentSession(_connect(directory / runtime.AGENT))
+    try:
+        session.hello_restored()
     except BaseException:
         session.close()
         raise

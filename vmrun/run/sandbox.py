@@ -142,7 +142,7 @@ class Sandbox:
             stack.callback(self._session.close)
             with self.phases.phase("time and entropy"):
                 # All machines of one template have the same random numbers until now.
-                self._in_guest(self._session.after_restore)
+                self._in_guest(lambda: self._session.after_restore(ANSWER_SECONDS))
             self._stack = stack.pop_all()
 
     def _in_guest(self, do: Callable[[], T]) -> T:
@@ -240,6 +240,7 @@ class Sandbox:
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
+                timeout=ANSWER_SECONDS,
             )
         )
 

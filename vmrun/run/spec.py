@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmrun.errors import UserError
+from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.machine.config import MIB, DiskConfig, NicConfig
 
 DEFAULT_MEMORY = 512 * MIB
@@ -27,6 +27,6 @@ class SandboxSpec:
 
     def __post_init__(self) -> None:
         if self.kernel is not None and not self.kernel.exists():
-            raise UserError(f"--kernel {self.kernel}: no such file")
+            raise UserError(f"--kernel {self.kernel}: no such file", EXIT_IMAGE)
         if not self.image:
             raise UserError("--image: give a directory, a disk, an OCI layout or a tar; or leave it out")

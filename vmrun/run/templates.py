@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vmrun
-from vmrun.agent.protocol import AgentError
+from vmrun.agent.process import Capture
+from vmrun.agent.protocol import AgentError, AgentRefused
+from vmrun.agent.session import AgentSession
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_VMM, UserError
@@ -38,6 +40,9 @@ PREFIX = "template-"
 SNAPSHOT = "snapshot"
 FACTS = "template.json"
 SAME = ("image", "kernel", "memory", "cpus", "nics")  # facts of two templates of which one is out of date
+SETTLE_PAUSE = 0.1
+SETTLE_LOOKS = 5
+SETTLE_SECONDS = 10.0
 STATE_MODULES = ("devices", "vmrun/machine", "vmrun/kvm", "vmrun/snapshot")
 
 
@@ -64,7 +69,7 @@ def key(spec: SandboxSpec, image: Image, parts: Parts) -> str:
     """The name of the template for these."""
     config = describe_config(machine_config(spec, image, parts))
     for nic in config["nics"]:
-        nic.update(tap="", mac=None)  # a clone has its own
+        nic.update(tap="", mac=None, allow=[], allow_private=False)  # a clone has its own
     config.update(name="", disks=[{**config["disks"][0], "path": ""}, *config["disks"][1:]])
     depends = [
         vmrun.__version__,
@@ -180,12 +185,37 @@ def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts) -> None:
         owned.wait_until_running()
         with _ended_instead(owned):
             session = stack.enter_context(connect(owned, BOOT_SECONDS))
-            # So that the first command finds in memory what every command needs.
-            session.ping()
             session.sync()
+            # So that the first command finds in memory what every command needs.
+            _warm_up(session)
+            # A slow boot loses time, which each clone would have to be given.
+            session.set_time()
             session.close()
             with MachineClient(owned.name) as machine:
+                _settle(machine)
                 machine.snapshot(into / SNAPSHOT, end=True)
+
+
+def _warm_up(session: AgentSession) -> None:
+    """Twice: the second time the guest has made what the first needed. An image may have no such program."""
+    for argv in 2 * (["true"], ["sh", "-c", ":"]):
+        try:
+            session.exec(argv, stdout=Capture(0), stderr=Capture(0)).wait(BOOT_SECONDS)
+        except AgentRefused:
+            pass
+
+
+def _settle(machine: MachineClient) -> None:
+    """Let the guest finish what it has begun, or each of its clones does that first: until none of its
+    processors has asked for anything for a while.
+    """
+    deadline = time.monotonic() + SETTLE_SECONDS
+    before, still = None, 0
+    while still < SETTLE_LOOKS and time.monotonic() < deadline:
+        time.sleep(SETTLE_PAUSE)
+        exits = machine.inspect()["exits"]
+        still = still + 1 if exits == before else 0
+        before = exits
 
 
 def _forget_logs(owned: "Owned") -> None:

@@ -7,6 +7,7 @@ from vmrun.agent.process import Process
 from vmrun.agent.protocol import AgentError, ExitStatus
 from vmrun.agent.session import AgentSession
 from vmrun.image.config import ImageConfig
+from vmrun.run.guest import ANSWER_SECONDS
 
 if TYPE_CHECKING:
     from vmrun.agent.process import Sink, Source
@@ -35,7 +36,15 @@ class Visit:
         stderr: "Sink" = None,
     ) -> Process:
         process = self._session.exec(
-            argv, env=env, cwd=cwd, user=user, tty=tty, stdin=stdin, stdout=stdout, stderr=stderr
+            argv,
+            env=env,
+            cwd=cwd,
+            user=user,
+            tty=tty,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+            timeout=ANSWER_SECONDS,
         )
         self._started.append(process)
         return process

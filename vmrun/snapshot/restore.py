@@ -5,17 +5,21 @@ at; memory comes page by page (`vmrun.snapshot.pager`). A snapshot is never writ
 machines may be made of it, at once too: each has disks of its own, overlays above the frozen ones.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from devices.block.qcow2_header import Header
+from devices.errors import ImageError
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.host.backing import backing_config
 from vmrun.host.overlays import create_overlay
 from vmrun.kvm import abi
 from vmrun.kvm.identity import cpu_difference
-from vmrun.machine.config import DiskConfig, MachineConfig, NicConfig
+from vmrun.machine.config import DiskConfig, MachineConfig, Mount, NicConfig
 from vmrun.machine.config_json import parse_config
 from vmrun.machine.state import check_clocks, load_state, saved_leaves
 from vmrun.snapshot import manifest
@@ -49,6 +53,9 @@ class Snapshot:
             facts = MemoryFacts.load(self.manifest.memory)
             if self.saved_config.memory != facts.size:
                 raise ValueError(f"{self.saved_config.memory} bytes of memory and a file of {facts.size}")
+            if any(mount.host is not None for mount in self.saved_config.mounts):
+                # None is ever saved: whoever wrote this wants its guest to have our files.
+                raise ValueError("it mounts a directory of the host's")
             if len(self.saved_config.disks) != len(self.manifest.disks):
                 raise ValueError("it has not the files of each disk")
             if len(self.saved_config.nics) != len(self.manifest.macs):
@@ -70,13 +77,15 @@ class Snapshot:
         *,
         disks: Sequence[Path] = (),
         nics: Sequence[NicConfig] = (),
+        mounts: Sequence[Mount] = (),
         throw_away: bool = False,
     ) -> MachineConfig:
         """What a machine made of this snapshot is made of. UserError when a disk is not there or has changed.
 
         `disks` are the new places of the files that the guest wrote to, in order, `nics` its cards', both all
-        or none. A card without a MAC keeps its old one. What the guest writes is thrown away at its end, or
-        goes to overlays, whose descriptors are the configuration's (`vmrun.host.overlays.Overlays`).
+        or none. A card without a MAC keeps its old one. `mounts` go where the snapshot has places of their
+        tags. What the guest writes is thrown away at its end, or goes to overlays, whose descriptors are the
+        configuration's (`vmrun.host.overlays.Overlays`).
         """
         saved = self.saved_config
         written = [index for index, disk in enumerate(saved.disks) if self._is_written(index)]
@@ -87,7 +96,7 @@ class Snapshot:
         cdrom = self.manifest.cdrom
         if cdrom is not None:
             manifest.check_frozen(cdrom, self._path(cdrom))
-        return replace(saved, disks=found, nics=self._nics(nics))
+        return replace(saved, disks=found, nics=self._nics(nics), mounts=self._mounts(mounts))
 
     def _is_written(self, index: int) -> bool:
         disk = self.saved_config.disks[index]
@@ -104,6 +113,8 @@ class Snapshot:
         for file, path in zip(files, paths, strict=True):
             manifest.check_frozen(file, path)
         directories = tuple(dict.fromkeys((*(path.parent for path in paths), *disk.backing)))
+        for number, (file, path) in enumerate(zip(files, paths, strict=True)):
+            _check_below(file, path, paths[number + 1] if number + 1 < len(paths) else None, directories)
         frozen = replace(disk, path=paths[0], format=files[0].format, backing=directories, throw_away=False)
         if disk.read_only:
             return frozen
@@ -123,6 +134,13 @@ class Snapshot:
             nic if nic.mac is not None and given else replace(nic, mac=mac)
             for nic, mac in zip(given or saved, macs, strict=True)
         )
+
+    def _mounts(self, given: Sequence[Mount]) -> tuple[Mount, ...]:
+        chosen = {mount.tag: mount for mount in given}
+        places = [mount.tag for mount in self.saved_config.mounts]
+        if missing := sorted(chosen.keys() - set(places)):
+            raise UserError(f"the snapshot has no place for a mount {missing[0]}: it has {places}")
+        return tuple(chosen.get(place.tag, place) for place in self.saved_config.mounts)
 
     # What a machine asks for.
 
@@ -158,3 +176,28 @@ class Snapshot:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_below(file: FrozenFile, path: Path, below: Path | None, allowed: Sequence[Path]) -> None:
+    """UserError unless the frozen file at `path` has the file `below` as its backing file, if any. Its header
+    may name another one than the manifest, of which nobody knows whether it is what it was: a relative name
+    of a file that was moved does, and one that a worker wrote which was taken over.
+    """
+    found = None
+    if file.format == "qcow2":
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = backing_config(path, Header(fd), allowed)
+        except ImageError as error:
+            raise UserError(f"disk {path}: {error}", EXIT_IMAGE) from None
+        finally:
+            os.close(fd)
+    if found is None and below is None:
+        return
+    if found is None or below is None or not os.path.exists(found.path) or not found.path.samefile(below):
+        raise UserError(
+            f"disk {path}: below it is {'nothing' if found is None else found.path}, and was "
+            f"{'nothing' if below is None else below} when the snapshot was made: it is not the disk that "
+            "was saved, or was moved without what is below it",
+            EXIT_IMAGE,
+        )

@@ -61,7 +61,9 @@ class _Disk:
         self.index = index
         self.config = config
         self.overlay = -1  # the new one, as long as it is ours
+        self.released = False  # its worker is, or was told to end
         self.exchanged = False
+        self.name: Path | None = None  # the new overlay's
 
 
 def save(machine: "Machine", directory: Path, *, go_on: bool) -> Saved:
@@ -108,18 +110,18 @@ def save(machine: "Machine", directory: Path, *, go_on: bool) -> Saved:
                 partial,
             )
             _commit(partial, directory)
+            if go_on:
+                _name_overlays(disks, directory, partial)
         except BaseException:
             _go_back(machine, disks)
             raise
         finally:
             if not go_on:
                 _close(disks)
-    try:
-        now, frozen = _name_overlays(machine.config, disks if go_on else [], directory)
-        memory_bytes = memory.data_chunks * memory.chunk_size
-        return Saved(directory, now, frozen, memory_bytes, time.monotonic() - began)
-    finally:
-        _close(disks)
+    now, frozen = _going_on(machine.config, disks if go_on else [], directory)
+    _close(disks)
+    memory_bytes = memory.data_chunks * memory.chunk_size
+    return Saved(directory, now, frozen, memory_bytes, time.monotonic() - began)
 
 
 def check(config: MachineConfig) -> None:
@@ -178,7 +180,13 @@ def _partial(directory: Path) -> Iterator[Path]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{directory}: another snapshot of that name is being made") from None
+            raise _another(directory) from None
+        try:
+            if not os.path.samestat(os.stat(lock), os.fstat(fd)):
+                raise _another(directory)
+        except FileNotFoundError:
+            # Its maker has just removed it: whoever comes next locks another file.
+            raise _another(directory) from None
         shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
         partial.mkdir(mode=0o700)
         try:
@@ -190,10 +198,16 @@ def _partial(directory: Path) -> Iterator[Path]:
         os.close(fd)
 
 
+def _another(directory: Path) -> UserError:
+    return UserError(f"{directory}: another snapshot of that name is being made")
+
+
 def _freeze(machine: "Machine", disk: _Disk, partial: Path) -> list[FrozenFile]:
     """Let the disk's worker end; nobody writes to the image from now on. Returns the facts of its files."""
     open_disk = machine.disk(disk.index)
+    disk.released = True
     machine.workers[f"blk{disk.index}"].release()
+    open_disk.read_again()
     files = _chain(open_disk, partial)
     overlay = disk.config.overlay
     if overlay is not None:
@@ -259,14 +273,30 @@ def _exchange(machine: "Machine", disk: _Disk, config: DiskConfig) -> None:
 def _go_back(machine: "Machine", disks: list[_Disk]) -> None:
     """Give the machine the disks it had."""
     for disk in disks:
+        if disk.name is not None:
+            disk.name.unlink(missing_ok=True)
+        if not disk.released:
+            continue  # its worker serves it
         try:
             if disk.exchanged:
-                machine.workers[f"blk{disk.index}"].release()
-            machine.exchange_disk(disk.index, disk.config)
+                _forget_overlay(machine, disk)
+                machine.exchange_disk(disk.index, disk.config)
+            else:
+                # The very files, and the journal: a worker that did not end well left there what it had not
+                # written to the image yet.
+                machine.exchange_disk(disk.index)
         except (OSError, UserError) as error:
             # Its requests wait; a machine without its disk says so once it is asked for anything.
             logger.error("disk %d cannot go on: %s", disk.index, error)
     _close(disks)
+
+
+def _forget_overlay(machine: "Machine", disk: _Disk) -> None:
+    try:
+        machine.workers[f"blk{disk.index}"].release()
+    except OSError as error:
+        # The guest has not run with it: what it served holds nothing.
+        logger.warning("disk %d: %s", disk.index, error)
 
 
 def _commit(partial: Path, directory: Path) -> None:
@@ -275,7 +305,11 @@ def _commit(partial: Path, directory: Path) -> None:
         os.rename(partial, directory)
     except OSError as error:
         raise UserError(f"{directory}: {(error.strerror or str(error)).lower()}", EXIT_IMAGE) from None
-    _sync(directory.parent)
+    try:
+        _sync(directory.parent)
+    except BaseException:
+        os.rename(directory, partial)
+        raise
 
 
 def _sync(directory: Path) -> None:
@@ -286,16 +320,29 @@ def _sync(directory: Path) -> None:
         os.close(fd)
 
 
-def _name_overlays(
+def _name_overlays(disks: list[_Disk], directory: Path, partial: Path) -> None:
+    """The snapshot is there: what the machine writes from now on is to stay as well. Where an overlay cannot
+    have a name, all that would be lost with the machine, so then there is no snapshot either.
+    """
+    try:
+        for disk in disks:
+            if not disk.config.throw_away:
+                path = free_name(disk.config.path)
+                give_name(disk.overlay, path)
+                disk.name = path
+    except BaseException:
+        os.rename(directory, partial)
+        raise
+
+
+def _going_on(
     config: MachineConfig, disks: list[_Disk], directory: Path
 ) -> tuple[MachineConfig, dict[str, str]]:
-    """The snapshot is there: what the machine writes from now on is to stay as well. Returns what it is made
-    of now, and which image goes on as which.
-    """
+    """What the machine is made of now, and which image goes on as which."""
     frozen = {}
     configs = list(config.disks)
     for disk in disks:
-        if disk.config.throw_away:
+        if disk.name is None:
             configs[disk.index] = DiskConfig(
                 directory / f"disk{disk.index}.qcow2",
                 "qcow2",
@@ -306,10 +353,8 @@ def _name_overlays(
             )
             disk.overlay = -1  # from now on the machine's
             continue
-        path = free_name(disk.config.path)
-        give_name(disk.overlay, path)
-        frozen[os.fspath(disk.config.path)] = os.fspath(path)
-        configs[disk.index] = replace(disk.config, path=path, format="qcow2")
+        frozen[os.fspath(disk.config.path)] = os.fspath(disk.name)
+        configs[disk.index] = replace(disk.config, path=disk.name, format="qcow2")
     return replace(config, disks=tuple(configs)), frozen
 
 

@@ -2,8 +2,12 @@
  * The guest agent: what its files share. docs/agent.md is the protocol, main.c the way in.
  *
  * One thread, one poll loop. What may wait for a disk or for another file system (copying files, mounting,
- * syncing) runs in a child, like a command, so that the loop never waits. Nothing grows without a bound:
- * a command has at most one window of input waiting, and output is read only when there is room to send it.
+ * syncing) runs in a child, like a command, so that the loop never waits; but for the start of root's commands
+ * (spawn.c). Nothing grows without a bound: a command has at most one window of input waiting, and output is
+ * read only when there is room to send it.
+ *
+ * Where the guest's kernel is interpreted, a system call costs it 0.2 to 5 ms, and the first write to a page
+ * 2 ms: what a command needs besides is kept ready, and what its end leaves to do is done after it was told.
  */
 #ifndef AGENT_H
 #define AGENT_H
@@ -21,6 +25,7 @@
 #define REQUEST_MAX (4u << 20)
 #define NONCE_BYTES 16
 #define HELLO_BYTES 56
+#define HELLO_AT_ONCE 1 /* frames follow, without the third hello */
 #define MAGIC "\xF5vmrun-agent\xC1\xE2\xD3\xB4"
 #define MAGIC_BYTES 16
 /* The room for one answer: input is not looked at without it. */
@@ -92,6 +97,10 @@ short link_wants(void);
 /* Read, handle and write what poll found; false when the host has gone. */
 bool link_serve(short found);
 bool link_flush(void);
+/* What is in the way out may wait so long for more to go with it: each write is an interrupt or two. */
+void link_hold(int ms);
+bool link_is_empty(void);
+int link_timeout(void);
 uint32_t link_room(void);
 void link_send(enum frame type, uint8_t flags, uint16_t channel, const void *payload, uint32_t size);
 /* Where a DATA payload may be put, then how much of it there is. Needs room for HEADER_BYTES more. */
@@ -131,9 +140,31 @@ void commands_serve(void);
 /* Milliseconds until something is due, or -1. */
 int commands_timeout(void);
 
-/* spawn.c: in the child, between fork and exec. Never returns. */
-__attribute__((noreturn)) void spawn_child(struct job *job, const int standard[3], int report,
-					    const char *cgroup);
+void command_prepare(void);
+
+/* spawn.c: the way to a child. */
+struct cgroup {
+	char path[128]; /* empty: none */
+	int fd; /* of the directory, or -1: the child goes there by itself */
+};
+/*
+ * The child's process id, or -1 and errno. With `started` set it runs its program already, or could not: then
+ * `stage` and `error` tell. Else the child tells through `report`, as a stage (u8) and an errno (u32), or by
+ * closing it.
+ */
+struct spawning {
+	struct job *job;
+	const int *standard;
+	int report;
+	const struct cgroup *cgroup;
+	bool started;
+	uint8_t stage;
+	int error;
+};
+pid_t spawn(struct spawning *spawning);
+/* Whether a child of this job tells through a pipe. */
+bool spawn_reports(const struct job *job);
+void spawn_prepare(void);
 
 /* user.c: "name", "uid", "name:group", "uid:gid" looked up in the guest's own files; 0 or an errno. */
 #define GROUPS_MAX 64
@@ -149,10 +180,13 @@ int look_up_user(const char *specification, struct identity *identity);
 /* family.c: all that a command has started. */
 void family_kill(pid_t pid, const char *cgroup, int number);
 void family_kill_orphans(const pid_t *kept, int count);
-bool cgroup_make(char *path, size_t size, bool kept);
-void cgroup_remove(const char *path);
+void cgroup_make(struct cgroup *cgroup, bool kept);
+void cgroup_remove(struct cgroup *cgroup);
 void cgroup_prepare(void);
-uint32_t oom_kills(const char *cgroup);
+/* Have the next command's ready. */
+void cgroup_spare(void);
+/* Processes killed for want of memory, in the cgroup or anywhere. `sure`: one may have been just now. */
+uint32_t oom_kills(const char *cgroup, bool sure);
 
 /* files.c */
 struct copy {
@@ -167,6 +201,7 @@ int files_put(void *copy);
 int files_get(void *copy);
 
 /* system.c */
+void system_prepare(void);
 int set_time(uint64_t seconds, uint32_t nanoseconds);
 int add_entropy(const uint8_t *bytes, uint32_t size);
 uint32_t describe(char *to, uint32_t size);

@@ -22,6 +22,10 @@
 #define FOREVER UINT32_MAX
 /* How long a terminal without a user is left alone before it is looked at again. */
 #define HUNG_MS 50
+/* How long the answer to an exec waits, at most, for an end that comes as soon. */
+#define HOLD_MS 100
+/* And a stream's end, which most often comes just before the command's. */
+#define HOLD_END_MS 20
 
 struct output {
 	int fd; /* -1 when it has ended */
@@ -40,7 +44,7 @@ struct command {
 	uint32_t flags, linger, oom_before;
 	int64_t reaped_at;
 	int report; /* where the child says why it could not be started; -1 once it was */
-	char cgroup[128];
+	struct cgroup cgroup;
 	/* Input from the host on its way to the command. With a terminal the same descriptor as output[0]'s. */
 	int input;
 	uint8_t *waiting;
@@ -52,12 +56,17 @@ struct command {
 };
 
 static struct command commands[COMMANDS_MAX];
+/* No place from here on is used: the pages behind it need not be looked at. */
+static int places;
+static int null_fd = -1;
+/* Pipes for the next command's output and errors: our end, and its own. */
+static int spare_pipes[2][2] = { { -1, -1 }, { -1, -1 } };
 /* Whose turn it is: the first to be served in a round changes, lest it take all the room there is. */
-static int turn;
+static unsigned turn;
 
 static struct command *find(uint16_t channel)
 {
-	for (int at = 0; at < COMMANDS_MAX; at++)
+	for (int at = 0; at < places; at++)
 		if (commands[at].used && !commands[at].orphaned && commands[at].channel == channel)
 			return &commands[at];
 	return NULL;
@@ -104,10 +113,12 @@ static void forget(struct command *command)
 	close_output(&command->output[1]);
 	close_fd(&command->report);
 	if (!command->pid)
-		cgroup_remove(command->cgroup);
+		cgroup_remove(&command->cgroup);
 	/* Until it is reaped its process id, and with it the slot, is not free. */
 	command->orphaned = true;
 	command->used = command->pid != 0;
+	while (places && !commands[places - 1].used)
+		places--;
 }
 
 static int pipe_with(int *ours, int *theirs, bool they_read)
@@ -122,6 +133,33 @@ static int pipe_with(int *ours, int *theirs, bool they_read)
 	fcntl(*ours, F_SETFL, O_NONBLOCK);
 	fcntl(*ours, F_SETPIPE_SZ, (int)WINDOW_BYTES);
 	return 0;
+}
+
+static int output_pipe(int which, int *ours, int *theirs)
+{
+	int *pipe = spare_pipes[which];
+
+	if (pipe[0] < 0)
+		return pipe_with(ours, theirs, false);
+	*ours = pipe[0];
+	*theirs = pipe[1];
+	pipe[0] = pipe[1] = -1;
+	return 0;
+}
+
+/* Nothing runs: have ready what the next command needs. */
+static void prepare_next(void)
+{
+	for (int which = 0; which < 2; which++)
+		if (spare_pipes[which][0] < 0)
+			pipe_with(&spare_pipes[which][0], &spare_pipes[which][1], false);
+	cgroup_spare();
+}
+
+void command_prepare(void)
+{
+	null_fd = open("/dev/null", O_RDONLY | O_CLOEXEC);
+	prepare_next();
 }
 
 static int open_terminal(struct command *command, const struct job *job, int standard[3])
@@ -147,22 +185,32 @@ static int open_streams(struct command *command, const struct job *job, int stan
 		return 0;
 	}
 	if (job->flags & EXEC_NO_STDIN)
-		standard[0] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+		standard[0] = null_fd;
 	else if (pipe_with(&command->input, &standard[0], true) < 0)
 		return -1;
-	if (pipe_with(&command->output[0].fd, &standard[1], false) < 0)
+	if (output_pipe(0, &command->output[0].fd, &standard[1]) < 0)
 		return -1;
 	if (job->flags & EXEC_MERGE) {
 		standard[2] = standard[1];
 		return 0;
 	}
-	return pipe_with(&command->output[1].fd, &standard[2], false);
+	return output_pipe(1, &command->output[1].fd, &standard[2]);
+}
+
+static void reply_started(const struct command *command)
+{
+	uint32_t pid = (uint32_t)command->pid;
+	uint8_t bytes[4] = { (uint8_t)pid, (uint8_t)(pid >> 8), (uint8_t)(pid >> 16), (uint8_t)(pid >> 24) };
+
+	reply(command->channel, 0, 0, bytes, sizeof bytes);
 }
 
 void command_start(uint16_t channel, struct job *job)
 {
 	struct command *command = NULL;
 	int standard[3] = { -1, -1, -1 }, report[2] = { -1, -1 }, error = EAGAIN;
+	struct spawning spawning = { .job = job, .standard = standard, .report = -1 };
+	int64_t begin = now_ms(), took;
 
 	for (int at = 0; at < COMMANDS_MAX && !command; at++)
 		if (!commands[at].used)
@@ -176,31 +224,44 @@ void command_start(uint16_t channel, struct job *job)
 	command->flags = job->flags;
 	command->linger = job->linger;
 	command->report = command->input = command->output[0].fd = command->output[1].fd = -1;
-	if (open_streams(command, job, standard) < 0 || pipe2(report, O_CLOEXEC) < 0) {
+	command->cgroup.fd = -1;
+	if (open_streams(command, job, standard) < 0 ||
+	    (spawn_reports(job) && pipe2(report, O_CLOEXEC | O_NONBLOCK) < 0)) {
 		error = errno;
 		goto failed;
 	}
-	if (!cgroup_make(command->cgroup, sizeof command->cgroup, job->flags & EXEC_KEEP))
-		command->cgroup[0] = 0;
-	command->oom_before = oom_kills(command->cgroup);
-	command->pid = fork();
-	if (command->pid == 0)
-		spawn_child(job, standard, report[1], command->cgroup);
+	spawning.report = report[1];
+	cgroup_make(&command->cgroup, job->flags & EXEC_KEEP);
+	spawning.cgroup = &command->cgroup;
+	command->oom_before = oom_kills(command->cgroup.path, false);
+	command->pid = spawn(&spawning);
 	if (command->pid < 0) {
 		error = errno;
 		command->pid = 0;
-		cgroup_remove(command->cgroup);
+		cgroup_remove(&command->cgroup);
 		goto failed;
 	}
 	command->used = true;
-	command->report = report[0];
-	fcntl(command->report, F_SETFL, O_NONBLOCK);
+	if (places <= command - commands)
+		places = (int)(command - commands) + 1;
+	if (spawning.started) {
+		if ((error = spawning.error))
+			goto failed; /* its place is free when it has been reaped */
+	} else {
+		command->report = report[0];
+		report[0] = -1;
+	}
 	for (int at = 0; at < 2; at++) {
 		command->output[at].credit = WINDOW_BYTES;
 		command->output[at].end_owed = command->output[at].fd >= 0;
 	}
-	report[0] = -1;
 	error = 0;
+	if (spawning.started) {
+		reply_started(command);
+		/* What ends at once is told of at once. */
+		took = now_ms() - begin;
+		link_hold((int)(took * 3 < HOLD_MS ? took * 3 : HOLD_MS));
+	}
 failed:
 	close_fd(&report[0]);
 	close_fd(&report[1]);
@@ -208,10 +269,11 @@ failed:
 		close_fd(&standard[2]);
 	if (standard[1] != standard[0])
 		close_fd(&standard[1]);
-	close_fd(&standard[0]);
+	if (standard[0] != null_fd)
+		close_fd(&standard[0]);
 	if (error) {
 		forget(command);
-		reply(channel, error, STAGE_SETUP, NULL, 0);
+		reply(channel, error, spawning.stage ? spawning.stage : STAGE_SETUP, NULL, 0);
 	}
 }
 
@@ -354,7 +416,7 @@ void command_signal(uint16_t channel, int number, bool everybody)
 	if (!command || number < 1 || number > 64)
 		return;
 	if (everybody)
-		family_kill(command->pid, command->cgroup, number);
+		family_kill(command->pid, command->cgroup.path, number);
 	else if (command->pid && kill(-command->pid, number) < 0)
 		kill(command->pid, number); /* before its setsid */
 }
@@ -385,16 +447,13 @@ static void read_report(struct command *command)
 		if (!orphaned)
 			reply(channel, (int)why[1] | (int)why[2] << 8, why[0], NULL, 0);
 	} else if (!command->orphaned) {
-		uint32_t pid = (uint32_t)command->pid;
-		uint8_t bytes[4] = { (uint8_t)pid, (uint8_t)(pid >> 8), (uint8_t)(pid >> 16), (uint8_t)(pid >> 24) };
-
-		reply(command->channel, 0, 0, bytes, sizeof bytes);
+		reply_started(command);
 	}
 }
 
 void command_reaped(pid_t pid, int status)
 {
-	for (int at = 0; at < COMMANDS_MAX; at++) {
+	for (int at = 0; at < places; at++) {
 		struct command *command = &commands[at];
 
 		if (!command->used || command->pid != pid)
@@ -408,10 +467,8 @@ void command_reaped(pid_t pid, int status)
 		command->output[0].rest_until = 0;
 		command->status = status;
 		command->reaped_at = now_ms();
-		if (command->orphaned) {
-			cgroup_remove(command->cgroup);
-			command->used = false;
-		}
+		if (command->orphaned)
+			forget(command);
 		return;
 	}
 }
@@ -420,14 +477,19 @@ static void send_exit(struct command *command)
 {
 	bool by_signal = WIFSIGNALED(command->status);
 	uint32_t value = (uint32_t)(by_signal ? WTERMSIG(command->status) : WEXITSTATUS(command->status));
-	uint32_t kills = oom_kills(command->cgroup) - command->oom_before;
+	bool killed = value == SIGKILL || value == 128 + SIGKILL;
+	uint32_t kills = oom_kills(command->cgroup.path, killed) - command->oom_before;
 	uint8_t payload[8] = { by_signal, by_signal && WCOREDUMP(command->status), 0, 0 };
 
 	payload[2] = (uint8_t)value;
 	for (int at = 0; at < 4; at++)
 		payload[4 + at] = (uint8_t)(kills >> 8 * at);
 	link_send(FRAME_EXIT, 0, command->channel, payload, sizeof payload);
+	/* The host need not wait for what is left to do. */
+	link_flush();
 	forget(command);
+	if (!places)
+		prepare_next();
 }
 
 /* Read once and send; false when there is nothing to be had now. */
@@ -491,7 +553,7 @@ int commands_poll(struct pollfd *slots, int most)
 
 	if (!link_is_synchronous())
 		return 0;
-	for (int at = 0; at < COMMANDS_MAX && count + 4 <= most; at++) {
+	for (int at = 0; at < places && count + 4 <= most; at++) {
 		struct command *command = &commands[at];
 
 		command->input_slot = command->report_slot = NULL;
@@ -524,9 +586,9 @@ void commands_serve(void)
 {
 	if (!link_is_synchronous())
 		return;
-	turn = (turn + 1) % COMMANDS_MAX;
-	for (int round = 0; round < COMMANDS_MAX; round++) {
-		struct command *command = &commands[(turn + round) % COMMANDS_MAX];
+	turn++;
+	for (int round = 0, all = places; round < all; round++) {
+		struct command *command = &commands[(turn + (unsigned)round) % (unsigned)all];
 
 		if (!command->used || link_room() < ANSWER_MAX)
 			continue;
@@ -562,8 +624,12 @@ void commands_serve(void)
 			struct output *output = &command->output[stream - 1];
 
 			if (output->end_owed && output->fd < 0 && link_room() >= ANSWER_MAX) {
+				bool alone = link_is_empty();
+
 				output->end_owed = false;
 				link_send(FRAME_END, stream, command->channel, NULL, 0);
+				if (alone)
+					link_hold(HOLD_END_MS);
 			}
 		}
 	}
@@ -589,9 +655,9 @@ static int64_t due(const struct command *command, int64_t now)
 
 int commands_timeout(void)
 {
-	int64_t now = now_ms(), nearest = -1;
+	int64_t now = places ? now_ms() : 0, nearest = -1;
 
-	for (int at = 0; at < COMMANDS_MAX; at++) {
+	for (int at = 0; at < places; at++) {
 		int64_t left = due(&commands[at], now);
 
 		if (left >= 0 && (nearest < 0 || left < nearest))
@@ -605,7 +671,7 @@ void commands_end_session(void)
 	pid_t kept[COMMANDS_MAX];
 	int count = 0;
 
-	for (int at = 0; at < COMMANDS_MAX; at++) {
+	for (int at = places - 1; at >= 0; at--) {
 		struct command *command = &commands[at];
 
 		if (!command->used)
@@ -614,7 +680,7 @@ void commands_end_session(void)
 			if (command->pid)
 				kept[count++] = command->pid;
 		} else {
-			family_kill(command->pid, command->cgroup, SIGKILL);
+			family_kill(command->pid, command->cgroup.path, SIGKILL);
 		}
 		if (!command->orphaned)
 			forget(command);

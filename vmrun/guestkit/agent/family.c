@@ -8,6 +8,7 @@
 
 #include <dirent.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -117,9 +118,21 @@ void family_kill(pid_t pid, const char *cgroup, int number)
 		kill(pid, number);
 }
 
+/* Cgroups that are there, the spare one excepted. An agent before this one may have left some. */
+static int groups_there = 1;
+static struct cgroup spare = { .fd = -1 };
+
+static bool is_spare(const char *name)
+{
+	const char *last = strrchr(spare.path, '/');
+
+	return last && !strcmp(last + 1, name);
+}
+
 /* No command of this session has a cgroup yet, or has one any more. */
 static void sweep_cgroups(void)
 {
+	int left = 0;
 	DIR *directory = settings.cgroup ? opendir(settings.cgroup) : NULL;
 	struct dirent *entry;
 	char prefix[32];
@@ -128,21 +141,23 @@ static void sweep_cgroups(void)
 	while (directory && (entry = readdir(directory))) {
 		char path[512];
 
-		if (strncmp(entry->d_name, prefix, strlen(prefix)))
+		if (strncmp(entry->d_name, prefix, strlen(prefix)) || is_spare(entry->d_name))
 			continue;
 		snprintf(path, sizeof path, "%s/%s/cgroup.kill", settings.cgroup, entry->d_name);
 		write_file(path, "1");
 		snprintf(path, sizeof path, "%s/%s", settings.cgroup, entry->d_name);
-		rmdir(path); /* EBUSY while anything runs in it: the next time, then */
+		left += rmdir(path) < 0; /* EBUSY while anything runs in it: the next time, then */
 	}
 	if (directory)
 		closedir(directory);
+	groups_there = left;
 }
 
 void family_kill_orphans(const pid_t *kept, int count)
 {
 	if (settings.cgroup) {
-		sweep_cgroups();
+		if (groups_there > 0)
+			sweep_cgroups();
 		return;
 	}
 	kill_below(getpid(), kept, count, SIGKILL);
@@ -160,23 +175,62 @@ void cgroup_prepare(void)
 	write_file(path, "+pids");
 }
 
-bool cgroup_make(char *path, size_t size, bool kept)
+static void make(struct cgroup *cgroup, bool kept)
 {
 	static unsigned number;
+	int failed;
 
-	path[0] = 0;
-	if (!settings.cgroup)
-		return false;
-	snprintf(path, size, "%s/%s-%d-%u", settings.cgroup, kept ? "kept" : "vmrun", settings.port,
-		 ++number);
-	return mkdir(path, 0755) == 0;
+	cgroup->fd = -1;
+	/* An agent before this one may have left some. */
+	do {
+		snprintf(cgroup->path, sizeof cgroup->path, "%s/%s-%d-%u", settings.cgroup,
+			 kept ? "kept" : "vmrun", settings.port, ++number);
+		failed = mkdir(cgroup->path, 0755);
+	} while (failed && errno == EEXIST);
+	if (failed)
+		cgroup->path[0] = 0;
+	else
+		cgroup->fd = open(cgroup->path, O_PATH | O_DIRECTORY | O_CLOEXEC);
 }
 
-void cgroup_remove(const char *path)
+void cgroup_make(struct cgroup *cgroup, bool kept)
 {
-	/* What a command left behind may live on in it, until the session's end. */
-	if (path[0] && rmdir(path) < 0 && errno != EBUSY)
-		say("cannot remove %s: %s", path, strerror(errno));
+	cgroup->path[0] = 0;
+	cgroup->fd = -1;
+	if (!settings.cgroup)
+		return;
+	if (!kept && spare.path[0]) {
+		*cgroup = spare;
+		spare.path[0] = 0;
+		spare.fd = -1;
+	} else {
+		make(cgroup, kept);
+	}
+	/* What is kept has another name, for nobody is to find it. */
+	if (cgroup->path[0] && !kept)
+		groups_there++;
+}
+
+void cgroup_spare(void)
+{
+	if (settings.cgroup && !spare.path[0])
+		make(&spare, false);
+}
+
+void cgroup_remove(struct cgroup *cgroup)
+{
+	const char *name = strrchr(cgroup->path, '/');
+
+	if (cgroup->fd >= 0)
+		close(cgroup->fd);
+	cgroup->fd = -1;
+	if (!name)
+		return;
+	if (rmdir(cgroup->path) == 0)
+		groups_there -= !strncmp(name, "/vmrun", 6);
+	else if (errno != EBUSY && errno != ENOENT) /* What a command left behind may live on in it, until the session's end. */
+		say("cannot remove %s: %s", cgroup->path, strerror(errno));
+	cgroup->path[0] = 0;
 }
 
 static uint32_t counter(const char *path, const char *name)
@@ -195,14 +249,37 @@ static uint32_t counter(const char *path, const char *name)
 	return 0;
 }
 
-uint32_t oom_kills(const char *cgroup)
+/*
+ * /proc/vmstat has many numbers, and is read only when the kernel has said something since the last time: it
+ * never kills a process without a message.
+ */
+static uint32_t kills_anywhere(bool sure)
 {
+	static uint32_t known;
+	static int messages = -2;
+	char message[1024];
+
+	if (messages == -2)
+		messages = settings.guest ? open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC) : -1;
+	else if (messages >= 0 && !sure && read(messages, message, sizeof message) < 0 && errno == EAGAIN)
+		return known;
+	if (messages >= 0)
+		lseek(messages, 0, SEEK_END);
+	known = counter("/proc/vmstat", "oom_kill");
+	return known;
+}
+
+uint32_t oom_kills(const char *cgroup, bool sure)
+{
+	static bool no_events;
 	char path[192];
 
-	if (cgroup[0]) {
+	if (cgroup[0] && !no_events) {
 		snprintf(path, sizeof path, "%s/memory.events", cgroup);
 		if (access(path, R_OK) == 0)
 			return counter(path, "oom_kill");
+		/* Where the kernel does not account memory to groups it will not do so later. */
+		no_events = errno == ENOENT;
 	}
-	return counter("/proc/vmstat", "oom_kill");
+	return kills_anywhere(sure);
 }

@@ -34,6 +34,7 @@ static uint32_t frame_size;
 
 static uint8_t out[OUT_BYTES];
 static uint32_t out_at, out_end;
+static int64_t hold_until; /* 0: what is there goes out */
 
 static uint32_t little(const uint8_t *bytes, int count)
 {
@@ -110,6 +111,7 @@ void link_send(enum frame type, uint8_t flags, uint16_t channel, const void *pay
 	if (size)
 		memcpy(out + out_end, payload, size);
 	out_end += size;
+	hold_until = 0;
 }
 
 uint8_t *link_data_place(void)
@@ -123,6 +125,7 @@ void link_data_done(uint8_t stream, uint16_t channel, uint32_t size)
 {
 	put_header(FRAME_DATA, stream, channel, size);
 	out_end += size;
+	hold_until = 0;
 }
 
 void link_lost(const char *why)
@@ -132,7 +135,7 @@ void link_lost(const char *why)
 	frame_size = 0;
 }
 
-static void send_hello(void)
+static void send_hello(uint8_t flags)
 {
 	uint8_t *to;
 
@@ -142,10 +145,12 @@ static void send_hello(void)
 	memset(to, 0, HELLO_BYTES);
 	memcpy(to, MAGIC, MAGIC_BYTES);
 	put_little(to + 16, AGENT_VERSION, 2);
+	to[18] = flags;
 	put_little(to + 20, WINDOW_BYTES, 4);
 	memcpy(to + 24, own_nonce, NONCE_BYTES);
 	memcpy(to + 40, host_nonce, NONCE_BYTES);
 	out_end += HELLO_BYTES;
+	hold_until = 0;
 }
 
 static void handle_hello(void)
@@ -153,6 +158,7 @@ static void handle_hello(void)
 	static const uint8_t nobody[NONCE_BYTES];
 	const uint8_t *nonce = hello + 24, *echo = hello + 40;
 	bool same = !memcmp(nonce, host_nonce, NONCE_BYTES);
+	bool at_once = hello[18] & HELLO_AT_ONCE;
 
 	if (!memcmp(echo, nobody, NONCE_BYTES)) {
 		if (same && state == SYNCHRONOUS)
@@ -167,7 +173,11 @@ static void handle_hello(void)
 			out_at = out_end = 0;
 		}
 		if (link_room() >= HELLO_BYTES)
-			send_hello();
+			send_hello(at_once ? HELLO_AT_ONCE : 0);
+		if (at_once) {
+			state = SYNCHRONOUS;
+			port_in_use();
+		}
 	} else if (same && state == ANSWERED && !memcmp(echo, own_nonce, NONCE_BYTES)) {
 		state = SYNCHRONOUS;
 		port_in_use();
@@ -277,19 +287,46 @@ static bool digest(void)
 	}
 }
 
+static bool held(void)
+{
+	if (hold_until && (now_ms() >= hold_until || link_room() < OUT_BYTES / 2))
+		hold_until = 0;
+	return hold_until != 0;
+}
+
 short link_wants(void)
 {
 	short wants = 0;
 
 	if (link_room() >= ANSWER_MAX)
 		wants |= POLLIN;
-	if (out_end > out_at)
+	if (out_end > out_at && !held())
 		wants |= POLLOUT;
 	return wants;
 }
 
+bool link_is_empty(void)
+{
+	return out_end == out_at;
+}
+
+void link_hold(int ms)
+{
+	hold_until = now_ms() + ms;
+}
+
+int link_timeout(void)
+{
+	int64_t left = hold_until ? hold_until - now_ms() : 0;
+
+	return out_end == out_at || !hold_until ? -1 : left < 0 ? 0 : (int)left;
+}
+
 bool link_flush(void)
 {
+	if (out_end > out_at && held())
+		return true;
+	hold_until = 0;
 	while (out_end > out_at) {
 		ssize_t count = write(in_fd, out + out_at, out_end - out_at);
 

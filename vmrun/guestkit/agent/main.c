@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/statfs.h>
@@ -25,14 +26,15 @@
 #define SLOTS_MAX 1040
 #define CGROUPS "/sys/fs/cgroup"
 #define CGROUP2_MAGIC_NUMBER 0x63677270
-/* While there is no port or no host. SIGIO tells earlier when the host comes. */
-#define PORT_WAIT_MS 50
-#define HOST_WAIT_MS 250
+#define PORT_WAIT_MS 50 /* while there is no port */
 
 struct settings settings;
 static int signals = -1;
-/* The host has closed its end of the port, which poll reports without end. */
-static bool host_away;
+/*
+ * The host has closed its end of the port, which poll reports without end. This epoll instance tells only of
+ * changes; -1: the host is there.
+ */
+static int away = -1;
 
 int64_t now_ms(void)
 {
@@ -84,13 +86,12 @@ bool write_file(const char *path, const char *text)
 
 static void reap(void)
 {
-	struct signalfd_siginfo about;
+	struct signalfd_siginfo about[4]; /* the kernel keeps one of each signal */
 	int status;
 	pid_t pid;
 
-	while (read(signals, &about, sizeof about) == (ssize_t)sizeof about)
-		if (about.ssi_signo == SIGIO)
-			host_away = false;
+	if (read(signals, about, sizeof about) < 0 && errno != EAGAIN)
+		say("signals: %s", strerror(errno));
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 		command_reaped(pid, status);
 }
@@ -99,20 +100,42 @@ static void watch_signals(void)
 {
 	sigset_t set;
 
+	/* Commands begin with all signals as they are by default, and none blocked. */
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_DFL);
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);
-	sigaddset(&set, SIGIO);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	signals = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-	signal(SIGPIPE, SIG_IGN);
+	sigaddset(&set, SIGPIPE);
+	sigprocmask(SIG_BLOCK, &set, NULL);
 }
 
-static void watch_host(int fd, bool on)
+/* Everything that is the same for all commands. */
+static void prepare(void)
 {
-	int flags = fcntl(fd, F_GETFL);
+	watch_signals();
+	system_prepare();
+	spawn_prepare();
+	command_prepare();
+}
 
-	fcntl(fd, F_SETOWN, getpid());
-	fcntl(fd, F_SETFL, on ? flags | O_ASYNC : flags & ~O_ASYNC);
+static void host_left(int port)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+
+	away = epoll_create1(EPOLL_CLOEXEC);
+	if (away >= 0 && epoll_ctl(away, EPOLL_CTL_ADD, port, &event) == 0)
+		return;
+	say("cannot wait for the host: %s", strerror(errno));
+	exit(1);
+}
+
+static void forget_away(void)
+{
+	if (away >= 0)
+		close(away);
+	away = -1;
 }
 
 static int nearer(int one, int other)
@@ -134,32 +157,37 @@ __attribute__((noreturn)) static void serve(int port)
 
 		if (!link_is_open() && (port = port_open()) >= 0) {
 			link_open(port);
-			host_away = false;
 		}
 		slots[0] = (struct pollfd){ .fd = signals, .events = POLLIN };
 		if (!link_is_open()) {
 			timeout = nearer(timeout, PORT_WAIT_MS);
-		} else if (host_away) {
-			timeout = nearer(timeout, HOST_WAIT_MS);
 		} else {
 			slots[1] = (struct pollfd){ .fd = port, .events = link_wants() };
+			if (away >= 0)
+				slots[1] = (struct pollfd){ .fd = away, .events = POLLIN };
+			timeout = nearer(timeout, link_timeout());
 			port_slot = true;
 			count = 2;
 		}
 		count += commands_poll(slots + count, SLOTS_MAX - count);
 		if (poll(slots, (nfds_t)count, timeout) < 0 && errno != EINTR)
 			say("poll: %s", strerror(errno));
-		if (host_away && link_is_open()) {
-			watch_host(port, false);
-			host_away = false; /* looked at in the next round */
-		}
 		if (slots[0].revents)
 			reap();
 		commands_serve();
 		if (!link_is_open() || !port_slot)
 			continue;
-		if (link_serve(slots[1].revents) && link_flush())
+		if (away >= 0) {
+			struct epoll_event event;
+
+			if (!slots[1].revents || epoll_wait(away, &event, 1, 0) < 1)
+				continue;
+			slots[1].revents = POLLIN; /* the next read tells */
+		}
+		if (link_serve(slots[1].revents) && link_flush()) {
+			forget_away();
 			continue;
+		}
 		if (fixed) {
 			session_ended();
 			exit(0);
@@ -167,11 +195,12 @@ __attribute__((noreturn)) static void serve(int port)
 		/* The commands of this session wait for another host; its hello decides about them. */
 		if (errno == ENODEV) {
 			link_close();
+			forget_away();
 			continue;
 		}
 		link_open(port);
-		host_away = true;
-		watch_host(port, true);
+		if (away < 0)
+			host_left(port);
 	}
 }
 
@@ -194,7 +223,7 @@ static pid_t start_server(int port)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	settings.port = port;
-	watch_signals();
+	prepare();
 	serve(-1);
 }
 
@@ -226,7 +255,7 @@ __attribute__((noreturn)) static void keep_servers(void)
 	}
 }
 
-static void protect(void)
+static void prepare_guest(void)
 {
 	struct statfs about;
 
@@ -276,10 +305,10 @@ int main(int argc, char **argv)
 			setsid();
 	}
 	if (settings.guest) {
-		protect();
+		prepare_guest();
 		keep_servers();
 	}
-	watch_signals();
+	prepare();
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
 	serve(fd);
 }

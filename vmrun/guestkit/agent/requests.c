@@ -169,12 +169,18 @@ static void answer_set_time(uint16_t channel, struct fields *fields)
 {
 	uint64_t seconds = take_u64(fields);
 	uint32_t nanoseconds = take_u32(fields);
+	uint64_t tolerance = fields->bad || fields->at == fields->end ? 0 : take_u64(fields);
 	struct timespec before;
-	uint64_t was;
+	uint64_t was, now;
+	int error = EINVAL;
 
 	clock_gettime(CLOCK_REALTIME, &before);
 	was = (uint64_t)before.tv_sec * 1000000000u + (uint64_t)before.tv_nsec;
-	reply(channel, fields->bad ? EINVAL : set_time(seconds, nanoseconds), 0, &was, sizeof was);
+	if (!fields->bad) {
+		now = seconds * 1000000000u + nanoseconds;
+		error = (was > now ? was - now : now - was) < tolerance ? 0 : set_time(seconds, nanoseconds);
+	}
+	reply(channel, error, 0, &was, sizeof was);
 }
 
 static void answer_hostname(uint16_t channel, struct fields *fields)

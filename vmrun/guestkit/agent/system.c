@@ -24,6 +24,13 @@
 
 #define ENTROPY_MAX 512u
 
+static int random_fd = -1;
+
+void system_prepare(void)
+{
+	random_fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
+}
+
 int set_time(uint64_t seconds, uint32_t nanoseconds)
 {
 	struct timespec now = { .tv_sec = (time_t)seconds, .tv_nsec = (long)nanoseconds };
@@ -37,21 +44,19 @@ int add_entropy(const uint8_t *bytes, uint32_t size)
 		struct rand_pool_info info;
 		uint8_t bytes[ENTROPY_MAX];
 	} entropy;
-	int fd, error = 0;
+	int error = 0;
 
 	if (size < 32 || size > ENTROPY_MAX)
 		return EINVAL;
-	fd = open("/dev/urandom", O_RDWR | O_CLOEXEC);
-	if (fd < 0)
-		return errno;
+	if (random_fd < 0)
+		return ENODEV;
 	entropy.info.entropy_count = (int)size * 8;
 	entropy.info.buf_size = (int)size;
 	memcpy((uint8_t *)&entropy + sizeof entropy.info, bytes, size);
 	/* The second call makes the generator take it now and not at its next turn: clones differ from here on. */
-	if (ioctl(fd, RNDADDENTROPY, &entropy) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0)
+	if (ioctl(random_fd, RNDADDENTROPY, &entropy) < 0 || ioctl(random_fd, RNDRESEEDCRNG) < 0)
 		error = errno;
 	explicit_bzero(&entropy, sizeof entropy);
-	close(fd);
 	return error;
 }
 
@@ -84,7 +89,7 @@ uint32_t describe(char *to, uint32_t size)
 			 AGENT_VERSION, names.release, names.machine, names.nodename,
 			 (long long)uptime.tv_sec * 1000 + uptime.tv_nsec / 1000000, meminfo(memory, "MemTotal:"),
 			 meminfo(memory, "MemFree:"), meminfo(memory, "MemAvailable:"), (unsigned)system.procs,
-			 oom_kills(""), (int)getpid(), settings.cgroup != NULL);
+			 oom_kills("", true), (int)getpid(), settings.cgroup != NULL);
 	return count < 0 ? 0 : (uint32_t)count < size ? (uint32_t)count : size - 1;
 }
 
