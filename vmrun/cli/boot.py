@@ -25,8 +25,8 @@ def boot(
         Option(
             "--nic",
             metavar="TAP|user[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local][,boot=FILE][,rom=FILE]",
-            help="A network card on TAP, made if it is not there; ip= is for the host's end. Or user: through "
-            "passt, without root. Repeatable.",
+            help="A network card on TAP, made if it is not there; ip= is for the host's end. "
+            "Or user: through passt, without root. Repeatable.",
         ),
     ] = None,
     cdrom: Annotated[

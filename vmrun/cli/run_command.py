@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vmrun.control.detach import Owned
-    from vmrun.machine.config import NicConfig
     from vmrun.run.command import Command, Outcome
     from vmrun.run.sandbox import Sandbox
+    from vmrun.run.spec import SharedDirectory
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 CONSOLE_LINES = 20  # are shown of a machine that ended unasked
@@ -56,9 +56,23 @@ def run(
     disk: Annotated[
         list[str] | None, Option("--disk", metavar="PATH[,...]", help="As for boot: /dev/vdb and so on.")
     ] = None,
+    mount: Annotated[
+        list[str] | None,
+        Option("--mount", metavar="HOST:GUEST[:ro]", help="Share a directory, live (virtiofsd). Repeatable."),
+    ] = None,
     net: Annotated[
         str, Option("--net", metavar="none|user|NIC", help="Network: none, user (passt), or as boot's --nic.")
     ] = "none",
+    allow_host: Annotated[
+        list[str] | None,
+        Option("--allow-host", metavar="HOST[:PORT]", help="With --net user: only there. Repeatable."),
+    ] = None,
+    allow_private: Annotated[
+        bool, Option("--allow-private", help="With --net user: private networks too.")
+    ] = False,
+    quota: Annotated[
+        str, Option("--quota", metavar="SIZE", help="How much it may write over the image's disk.")
+    ] = "10G",
     timeout: Annotated[
         str | None, Option(metavar="TIME", help="End it after this long, as in 90s: exit code 68.")
     ] = None,
@@ -127,7 +141,10 @@ def run(
                 memory=memory,
                 cpus=cpus,
                 disks=disks,
-                nics=_nics(net),
+                nics=options.parse_net(net, allow_host or (), allow_private),
+                mounts=_directories(mount or []),
+                quota=options.parse_size("--quota", quota),
+                confined=keep is None,
                 timeout=seconds,
                 fresh=fresh,
                 progress=teller,
@@ -221,12 +238,12 @@ def _tell_left_out(names: list[str]) -> None:
         print(f"vmrun: left out: {name}", file=sys.stderr)
 
 
-def _nics(net: str) -> "list[NicConfig]":
-    if net == "none":
-        return []
-    from vmrun.cli import options
+def _directories(texts: list[str]) -> "list[SharedDirectory]":
+    from vmrun.cli.options import parse_mount
+    from vmrun.run.spec import SharedDirectory
 
-    return [options.parse_nic(net)]
+    wanted = [parse_mount(text) for text in texts]
+    return [SharedDirectory(each.host, each.guest, each.read_only) for each in wanted]
 
 
 def printable(text: str) -> str:

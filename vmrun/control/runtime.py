@@ -164,8 +164,8 @@ def find(name: str) -> Path:
 
 
 def settle(name: str, outcome: str | None) -> None:
-    """Remove what the machine `name`, which has ended, left because it could not do so itself; with `outcome`,
-    JSON, its logs are kept.
+    """Remove what the machine `name`, which has ended, left because it could not do so itself; with
+    `outcome`, JSON, its logs are kept.
     """
     with _locked_base() as base:
         path = base / name

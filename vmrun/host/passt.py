@@ -44,6 +44,11 @@ ETHERTYPE_ARP = 0x0806
 LONGEST_ANSWER = 1514
 
 
+def guest_address(number: int) -> tuple[str, str]:
+    """The address of card `number` of a machine, and its gateway's, which is its name server as well."""
+    return f"{NETWORK}{2 * number + 3}", f"{NETWORK}{2 * number + 2}"
+
+
 def find() -> str:
     """Where passt is. UserError when it is not."""
     path = shutil.which("passt")
@@ -77,8 +82,7 @@ class Passt:
     def __init__(self, number: int, mac: bytes) -> None:
         if number >= MAX_CARDS:
             raise UserError(f"--nic user: only the first {MAX_CARDS} cards can be")
-        self.gateway = f"{NETWORK}{2 * number + 2}"
-        self.guest = f"{NETWORK}{2 * number + 3}"
+        self.guest, self.gateway = guest_address(number)
         self.mac = mac
         self.gateway_mac = OTHER_GATEWAY_MAC if mac == GATEWAY_MAC else GATEWAY_MAC
         self.fd = self.pidfd = self._said_fd = -1

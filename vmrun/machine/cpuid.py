@@ -12,6 +12,11 @@ _LEAF_TOPOLOGY = 0xB
 _LEAF_AMD_SIZES = 0x80000008
 _LEAF_AMD_CACHE = 0x8000001D
 _LEAF_AMD_TOPOLOGY = 0x8000001E
+_LEAF_KVM = 0x40000001
+# ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT (Documentation/virt/kvm/x86/cpuid.rst): a task of the guest's
+# sleeps until KVM tells that its page is there. KVM has no way to save what it still has to tell, so a task
+# would sleep for ever in a guest that was saved meanwhile. And to switch tasks costs more than our pager.
+_ASYNC_PAGE_FAULTS = 1 << 4 | 1 << 10 | 1 << 14
 _HTT = 1 << 28  # leaf 1 EDX: more than one logical CPU in the package
 
 
@@ -30,6 +35,8 @@ def vcpu_leaves(supported: list[abi.kvm_cpuid_entry2], apic_id: int, cpus: int) 
             leaf.ecx = width << 12 | cpus - 1
         elif leaf.function == _LEAF_AMD_TOPOLOGY:
             leaf.eax, leaf.ebx, leaf.ecx = apic_id, apic_id, 0
+        elif leaf.function == _LEAF_KVM:
+            leaf.eax &= ~_ASYNC_PAGE_FAULTS
         leaves.append(leaf)
     for level, (shift, count, kind) in enumerate(((0, 1, 1), (width, cpus, 2), (0, 0, 0))):
         leaves.append(

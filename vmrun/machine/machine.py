@@ -414,12 +414,13 @@ class Machine:
     def greet(self, links: Sequence[PortLink]) -> None:
         """Tell a restored guest who it is now, once it runs, if it has an agent. `links` are its ports'."""
         saved = self._saved
-        link = next((link for link in links if link.port.guest_open), None)
-        if saved is None or not saved.greet or link is None:
+        links = [link for link in links if link.port.guest_open]
+        if saved is None or not saved.greet or not links:
             return
         from vmrun.snapshot.greeting import Greeting
 
-        Greeting(self.loop, link, list(zip(saved.macs, self.macs(), strict=True)))
+        # A machine that is held may not go on for hours, and no agent answers before.
+        self.pause.on_resume(Greeting(links, list(zip(saved.macs, self.macs(), strict=True))).begin)
 
     def halt(self) -> None:
         """Memory is lost: have the vCPUs leave the guest, and nobody use what they would read. Any thread; it

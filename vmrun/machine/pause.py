@@ -73,6 +73,7 @@ class Pause:
         self._turn: Turn | None = None
         self._missing: set[int] = set()
         self._waiting: list[Done] = []
+        self._resumed: list[Callable[[], None]] = []
         self._timer = 0
 
     @property
@@ -142,6 +143,10 @@ class Pause:
             self._loop.cancel(self._timer)
         self._let_go("it was resumed meanwhile")
 
+    def on_resume(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once, on the main loop, when the machine goes on for the next time."""
+        self._resumed.append(callback)
+
     def release(self) -> None:
         """The machine ends, and its vCPU threads must be able to. The loop does not run any more."""
         if self._turn is not None:
@@ -155,6 +160,9 @@ class Pause:
             turn.post(self._devices.unpause)
             # Who was to start the devices may be the one that did not come: then none was stopped.
             turn.end(at_once=self._vcpus[0].index in missing)
+            resumed, self._resumed = self._resumed, []
+            for callback in resumed:
+                callback()
         self._tell(reason)
 
     def _tell(self, error: str | None) -> None:

@@ -18,14 +18,17 @@ from vmrun.guestkit.guest_agent import find as find_agent
 from vmrun.guestkit.kit import GuestKit
 from vmrun.guestkit.kit import find as find_kit
 from vmrun.image.config import Image
-from vmrun.machine.config import DiskConfig, MachineConfig
+from vmrun.machine.config import DiskConfig, MachineConfig, Mount
 from vmrun.run.spec import SandboxSpec
 
 BOOT_SECONDS = 120.0  # for a kernel whose instructions are interpreted, on a loaded host
 ANSWER_SECONDS = 60.0  # for an agent that was running when it was saved
 # A clone's memory comes when it is touched. Linux would switch to another task for each page that is not
 # there yet, and back when it is: that takes longer than to wait, much longer where kernels are interpreted.
-LEAN = ("no-kvmapf",)
+# Time that the host takes away is of no use to know.
+# A place for a directory of the host's: templates have as many as the runs that begin there.
+MOUNT_TAG = "vmrun.mount.{}"
+LEAN = ("no-kvmapf", "no-steal-acc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ def machine_config(spec: SandboxSpec, image: Image, parts: Parts) -> MachineConf
         image.format,
         backing=tuple(dict.fromkeys(path.parent for path in image.backing)),
         throw_away=True,
+        quota=spec.quota,
     )
     words = [
         parts.kit.default_cmdline,
@@ -72,6 +76,9 @@ def machine_config(spec: SandboxSpec, image: Image, parts: Parts) -> MachineConf
         cmdline=" ".join(words),
         disks=(root, *spec.disks),
         nics=spec.nics,
+        mounts=tuple(
+            Mount(None, MOUNT_TAG.format(index), each.read_only) for index, each in enumerate(spec.mounts)
+        ),
     )
 
 

@@ -15,26 +15,29 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vmrun.agent.files import Totals
 from vmrun.agent.process import Capture, Process
 from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus
+from vmrun.agent.session import MS_RDONLY
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.control.detach import Owned
 from vmrun.errors import EXIT_TIMEOUT, EXIT_VMM, UserError
 from vmrun.guestkit import cache
 from vmrun.guestkit.progress import Progress, Silent
+from vmrun.host.cgroup import Group, Limits, find_place, machine_limits
 from vmrun.image import resolve
 from vmrun.image.config import ImageConfig
-from vmrun.machine.config import MIB, DiskConfig, NicConfig
+from vmrun.machine.config import MIB, DiskConfig, Mount, NicConfig
 from vmrun.run import templates
 from vmrun.run.ending import SandboxEnded, last_words, log_directories
-from vmrun.run.guest import ANSWER_SECONDS, BOOT_SECONDS, connect, find_parts, machine_config
+from vmrun.run.guest import ANSWER_SECONDS, BOOT_SECONDS, MOUNT_TAG, connect, find_parts, machine_config
 from vmrun.run.phases import Phases
-from vmrun.run.spec import DEFAULT_MEMORY, SandboxSpec
+from vmrun.run.spec import DEFAULT_MEMORY, DEFAULT_QUOTA, SandboxSpec, SharedDirectory
 
 if TYPE_CHECKING:
     from vmrun.agent.process import Sink, Source
@@ -81,7 +84,9 @@ class Sandbox:
     """A running machine made of `image`, by default the guest kit's root; docs/images.md tells what it may
     be. A context manager.
 
-    `memory` is in bytes. `timeout` ends the machine after so many seconds. `fresh` boots it instead of using
+    `mounts` are directories of the host's that it shares, live, through virtiofsd. It may write `quota` bytes
+    over the image. `confined`: its VMM gives up all it can, and the sandbox cannot be forked. `memory` is in
+    bytes. `timeout` ends the machine after so many seconds. `fresh` boots it instead of using
     a template. The constructor returns when commands can be run; the first one for an image takes as long as
     the guest boots. Raises UserError and OSError.
     """
@@ -95,6 +100,9 @@ class Sandbox:
         cpus: int = 1,
         disks: Sequence[DiskConfig] = (),
         nics: Sequence[NicConfig] = (),
+        mounts: Sequence[SharedDirectory] = (),
+        quota: int | None = DEFAULT_QUOTA,
+        confined: bool = False,
         timeout: float | None = None,
         name: str | None = None,
         fresh: bool = False,
@@ -102,27 +110,77 @@ class Sandbox:
         phases: Phases | None = None,
         start: Start = vmm.spawn,
     ) -> None:
-        spec = SandboxSpec(os.fspath(image), kernel, memory, cpus, tuple(disks), tuple(nics), fresh)
+        spec = SandboxSpec(
+            os.fspath(image), kernel, memory, cpus, tuple(disks), tuple(nics), tuple(mounts), quota, fresh
+        )
+        directories = tuple(
+            Mount(each.host.absolute(), MOUNT_TAG.format(index), each.read_only)
+            for index, each in enumerate(spec.mounts)
+        )
         teller = progress or Silent()
         self.phases = phases or Phases()
         with self.phases.phase("image"):
             found = resolve(spec.image, teller)
             parts = find_parts()
         if fresh:
-            request = vmm.VmmRequest(config=machine_config(spec, found, parts), name=name, timeout=timeout)
+            config = replace(machine_config(spec, found, parts), mounts=directories)
+            request = vmm.VmmRequest(config=config, confined=confined, name=name, timeout=timeout)
         else:
             with self.phases.phase("template"):
                 key = templates.key(spec, found, parts)
                 template = templates.find_or_make(key, spec, found, parts, teller)
             request = vmm.VmmRequest(
-                snapshot=template.snapshot, nics=spec.nics, greet=False, name=name, timeout=timeout
+                snapshot=template.snapshot,
+                nics=spec.nics,
+                mounts=directories,
+                greet=False,
+                confined=confined,
+                name=name,
+                timeout=timeout,
             )
-        self._nics = spec.nics
-        self._begin(request, start, found.config, BOOT_SECONDS if fresh else ANSWER_SECONDS)
+        self._confined = confined
+        workers = 1 + len(spec.disks) + len(spec.nics)
+        limits = machine_limits(spec.memory, spec.cpus, workers)
+        self._begin(request, start, found.config, BOOT_SECONDS if fresh else ANSWER_SECONDS, limits)
+        try:
+            self._prepare(spec)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, spec: SandboxSpec) -> None:
+        """What a guest of a template cannot have yet: its addresses, and the directories of the host."""
+        for index, nic in enumerate(spec.nics):
+            if nic.user:
+                with self.phases.phase("network"):
+                    self._set_network(index)
+        for index, each in enumerate(spec.mounts):
+            with self.phases.phase("mount"):
+                flags = MS_RDONLY if each.read_only else 0
+                mount = partial(self._session.mount, "virtiofs", MOUNT_TAG.format(index), each.guest, flags)
+                self._in_guest(partial(mount, timeout=ANSWER_SECONDS))
+
+    def _set_network(self, index: int) -> None:
+        """What DHCP would tell of a card that goes through passt, which is always the same."""
+        from vmrun.host.passt import guest_address
+
+        address, gateway = guest_address(index)
+        self._in_guest(
+            lambda: self._session.set_network(f"eth{index}", address, 31, gateway, timeout=ANSWER_SECONDS)
+        )
+        script = "echo nameserver $1 >/etc/resolv.conf"
+        # An image without a shell has no use for names either, or brings its own.
+        self.run(["/bin/sh", "-c", script, "sh", gateway], user="0", cwd="/")
 
     def _begin(
-        self, request: vmm.VmmRequest, start: Start, image_config: ImageConfig, seconds: float
+        self,
+        request: vmm.VmmRequest,
+        start: Start,
+        image_config: ImageConfig,
+        seconds: float,
+        limits: Limits,
     ) -> None:
+        self._limits = limits
         self.image_config = image_config
         # Of the host's, once it is closed: seconds of its CPUs (when it was forked), bytes of its memory.
         self.cpu_seconds, self.memory_used = 0.0, 0
@@ -135,7 +193,8 @@ class Sandbox:
             stack.callback(self._forget_logs)
             with self.phases.phase("machine"):
                 self.name = ""
-                self._owned = stack.enter_context(start(request))
+                group = stack.enter_context(Group("run", limits, find_place()))
+                self._owned = stack.enter_context(start(replace(request, cgroup=group.path)))
                 self.name = self._owned.wait_until_running()
             with self.phases.phase("agent"):
                 self._session = self._in_guest(lambda: connect(self._owned, seconds))
@@ -181,7 +240,11 @@ class Sandbox:
         return directory / runtime.CONSOLE_LOG
 
     def _forget_logs(self) -> None:
-        if not self.keep_logs and self.name:
+        if not self.name:
+            return
+        # A confined machine cannot remove its own.
+        runtime.settle(self.name, "{}" if self.keep_logs else None)
+        if not self.keep_logs:
             shutil.rmtree(log_directories(self.name)[1], ignore_errors=True)
 
     def run(
@@ -261,16 +324,18 @@ class Sandbox:
     def fork(self) -> "Sandbox":
         """Another sandbox in the state of this one, memory, disk and all, but for what `exec` runs: the
         other's agent ends that. Its writes are its own."""
+        if self._confined:
+            raise UserError("a confined sandbox cannot be forked: its machine can open nothing any more")
         other = Sandbox.__new__(Sandbox)
         other.phases = Phases()
-        other._nics = ()
+        other._confined = False
         with ExitStack() as stack:
             # Its disk lies there, below that of both.
             directory = stack.enter_context(cache.scratch("fork")) / "snapshot"
             with self._forking, MachineClient(self.name) as machine:
                 machine.snapshot(directory)
             request = vmm.VmmRequest(snapshot=directory, greet=False)
-            other._begin(request, self._start, self.image_config, ANSWER_SECONDS)
+            other._begin(request, self._start, self.image_config, ANSWER_SECONDS, self._limits)
             self._stack.push(stack.pop_all())
         return other
 

@@ -7,14 +7,24 @@ from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.machine.config import MIB, DiskConfig, NicConfig
 
 DEFAULT_MEMORY = 512 * MIB
+DEFAULT_QUOTA = 10 << 30  # bytes that a guest may write over its image
+
+
+@dataclass(frozen=True, slots=True)
+class SharedDirectory:
+    """The host's directory `host` is to be the guest's `guest`, live."""
+
+    host: Path
+    guest: str
+    read_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxSpec:
     """`image` is what `vmrun.image.resolve` takes; `kernel` None means the guest kit's. `memory` is in bytes.
 
-    `disks` are the guest's from /dev/vdb on; /dev/vda is the image. `nics` are its cards. `fresh`: boot, and
-    use no template.
+    `disks` are the guest's from /dev/vdb on; /dev/vda is the image, of which it may write over `quota` bytes.
+    `nics` are its cards. `fresh`: boot, and use no template.
     """
 
     image: str = "kit"
@@ -23,6 +33,8 @@ class SandboxSpec:
     cpus: int = 1
     disks: tuple[DiskConfig, ...] = ()
     nics: tuple[NicConfig, ...] = ()
+    mounts: tuple[SharedDirectory, ...] = ()
+    quota: int | None = None
     fresh: bool = False
 
     def __post_init__(self) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from vmrun.agent.protocol import AgentError
 from vmrun.agent.session import AgentSession
 from vmrun.errors import UserError
-from vmrun.machine.loop import EventLoop
 from vmrun.machine.ports import PortLink
 
 logger = logging.getLogger(__name__)
@@ -29,25 +28,26 @@ NEW_ADDRESS = (
 
 
 class Greeting:
-    """Greets through `link`, a free port that the guest's agent has open. `macs` are pairs: the address that
-    the guest knows a card by, and the one it has now."""
+    """Greets through one of `links`, the ports that the guest's agent has open. `macs` are pairs: the address
+    that the guest knows a card by, and the one it has now."""
 
-    def __init__(self, loop: EventLoop, link: PortLink, macs: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, links: Sequence[PortLink], macs: Sequence[tuple[str, str]]) -> None:
+        self._links = links
         self._macs = [(before, now) for before, now in macs if before != now]
-        self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        loop.call_soon(lambda: self._begin(link, theirs))
-        self._thread = threading.Thread(target=self._greet, name="greeting", daemon=True)
 
-    def _begin(self, link: PortLink, theirs: socket.socket) -> None:
-        if link.free:
-            link.connect(theirs)
-        else:
-            theirs.close()  # somebody was faster, and has heard that the machine was restored
-        self._thread.start()
+    def begin(self) -> None:
+        """The guest goes on: until then nobody could answer. Main loop."""
+        link = next((link for link in self._links if link.free), None)
+        if link is None:
+            logger.warning("the restored guest was not told of its new identity: others have all its ports")
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.connect(theirs)
+        threading.Thread(target=self._greet, args=(ours,), name="greeting", daemon=True).start()
 
-    def _greet(self) -> None:
+    def _greet(self, sock: socket.socket) -> None:
         try:
-            with AgentSession(self._sock) as session:
+            with AgentSession(sock) as session:
                 session.hello(ANSWER_SECONDS)
                 session.after_restore()
                 for before, now in self._macs:
