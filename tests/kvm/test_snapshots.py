@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from devices.block.qcow2_create import create_qcow2
+from devices.block.qcow2_header import Header
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
@@ -232,6 +233,19 @@ def test_a_machine_goes_on_with_overlays(bare_kernel: Kernel, tmp_path: Path, ba
     assert "no such file" in refused("restore", tmp_path / "s")
     good("restore", tmp_path / "s", "-d", "--name", "c", "--disk", tmp_path / "moved.qcow2", "--disk", raw)
     assert (tmp_path / "moved.c.qcow2").exists()
+
+
+def test_a_disk_that_grew_stays_as_large(bare_kernel: Kernel, tmp_path: Path) -> None:
+    start(bare_kernel(COUNT), "--disk", disk(tmp_path))
+    with MachineClient("web") as machine:
+        machine.resize(0, 3 << 30)
+    good("snapshot", "web", tmp_path / "s")
+    good("restore", tmp_path / "s", "--detach", "--name", "a")
+    good("stop", "-f", "-w", "web")
+    good("stop", "-f", "-w", "a")
+    for name in ("x.1.qcow2", "x.a.qcow2"):
+        with open(tmp_path / name, "rb") as file:
+            assert Header(file.fileno()).size == 3 << 30
 
 
 def test_clones(bare_kernel: Kernel, tmp_path: Path) -> None:

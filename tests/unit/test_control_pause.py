@@ -175,3 +175,28 @@ def test_the_end_lets_everybody_go(stage: Stage) -> None:
     stage.run()
     stage.pause.release()
     assert [vcpu.parked() for vcpu in stage.vcpus] == [0, 0]
+
+
+def test_resumed_by_who_was_told_first(stage: Stage) -> None:
+    """A restored machine goes on as soon as it holds still, whoever else waits for that."""
+
+    def go_on(error: str | None) -> None:
+        assert error is None
+        stage.pause.resume()
+
+    stage.pause.pause(go_on)
+    stage.pause.pause(stage.done)
+    stage.run()
+    assert stage.answers == ["it was resumed meanwhile"]
+    assert [vcpu.parked() for vcpu in stage.vcpus] == [0, 0]
+
+
+def test_told_when_it_goes_on_for_the_next_time(stage: Stage) -> None:
+    told: list[bool] = []
+    stage.pause.on_resume(lambda: told.append(stage.pause.paused))
+    stage.pause.resume()  # it runs
+    for _ in range(2):
+        stage.pause.pause(stage.done)
+        stage.run()
+        stage.pause.resume()
+        assert told == [False]

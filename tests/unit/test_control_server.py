@@ -305,6 +305,25 @@ def test_reset(service: Service, client: MachineClient) -> None:
     assert client.status().name == "web"
 
 
+def test_a_reset_that_is_refused(service: Service, client: MachineClient) -> None:
+    def refuse() -> None:
+        raise UserError("a snapshot of web is being made")
+
+    service.machine.on_reset = refuse
+    with pytest.raises(UserError, match="is being made"):
+        client.reset()
+    assert not service.server._resetting
+    # The next life of the machine owes nobody an answer.
+    service.machine.on_reset = service.loop.stop
+    number = client._send("reset")
+    assert service._thread is not None
+    service._thread.join()
+    service.stop()
+    service.start()
+    assert client._receive(number, 10) == {"state": "running"}
+    assert client.status().name == "web" and not client._answers
+
+
 def test_events(service: Service, client: MachineClient) -> None:
     events = client.events()
     with MachineClient("web") as other:

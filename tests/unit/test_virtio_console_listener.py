@@ -218,3 +218,18 @@ def test_the_loop_tells_of_hangups() -> None:
         assert seen == ["hung up"]
         assert not select.select([loop._epoll], [], [], 0)[0] or os.eventfd_read(loop._wake_fd)
     loop.close()
+
+
+def test_a_chain_of_more_buffers_than_the_kernel_takes_at_once(listening: Listening) -> None:
+    """1024 in an indirect table, and some in the ring before it; one call takes 1024."""
+    client = listening.client()
+    (link,) = listening.listener.links
+    pieces = [bytearray([number % 251]) for number in range(1100)]
+    views = [memoryview(piece) for piece in pieces]
+    taken = link.send(views)
+    taken += link.send(views[taken:])
+    assert taken == 1100 and take(client) == b"".join(pieces)
+    client.send(b"y" * 1100)
+    count = link.receive_into(views)
+    count += link.receive_into(views[count:])
+    assert count == 1100 and b"".join(pieces) == b"y" * 1100

@@ -32,6 +32,7 @@ UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 BACKLOG = 16  # clients that wait for their turn
 FAREWELL_READ = 1 << 20  # bytes from a client that are thrown away when the guest has closed
 ACCEPT_AGAIN_SECONDS = 1.0
+MAX_BUFFERS = 1024  # UIO_MAXIOV: more are refused, and a guest may make a chain of more
 
 
 class PortLink:
@@ -93,7 +94,7 @@ class PortLink:
         if connection is None or self._hung_up:
             return 0
         try:
-            taken = connection.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
+            taken = connection.sendmsg(buffers[:MAX_BUFFERS], (), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             taken = 0
         except (BrokenPipeError, ConnectionResetError):
@@ -109,7 +110,7 @@ class PortLink:
         if connection is None or self._ended:
             return 0
         try:
-            count = connection.recvmsg_into(buffers)[0]
+            count = connection.recvmsg_into(buffers[:MAX_BUFFERS])[0]
         except BlockingIOError:
             self._loop.watch(connection.fileno(), self._readable)
             return 0
