@@ -16,6 +16,7 @@ from vmrun.guestkit.progress import Silent
 
 INIT = b"\x7fELF init"
 BUSYBOX = b"\x7fELF busybox" * 100
+AGENT = b"\x7fELF agent" * 50
 
 
 def archive_of(entries: list[tree.Entry]) -> bytes:
@@ -48,11 +49,12 @@ def read_newc(archive: bytes) -> dict[str, tuple[int, bytes, int, int]]:
 
 
 def test_initramfs_holds_what_the_kernel_looks_for() -> None:
-    found = read_newc(archive_of(list(tree.initramfs(INIT, BUSYBOX))))
+    found = read_newc(archive_of(list(tree.initramfs(INIT, BUSYBOX, AGENT))))
     assert found["init"] == (stat.S_IFREG | 0o755, INIT, 0, 0)
     assert found["dev/console"] == (stat.S_IFCHR | 0o600, b"", 5, 1)
     assert found["bin/sh"][1] == b"busybox"
     assert found["bin/busybox"][1] == BUSYBOX
+    assert found["bin/vmrun-agent"][1] == AGENT
     for path in found:
         parent = path.rpartition("/")[0]
         assert not parent or stat.S_ISDIR(found[parent][0])
@@ -60,8 +62,8 @@ def test_initramfs_holds_what_the_kernel_looks_for() -> None:
 
 def test_parents_come_before_children() -> None:
     for entries in (
-        list(tree.initramfs(INIT, BUSYBOX)),
-        list(tree.disk(INIT, BUSYBOX, ["sh", "ls"], {"x": b""})),
+        list(tree.initramfs(INIT, BUSYBOX, AGENT)),
+        list(tree.disk(INIT, BUSYBOX, AGENT, ["sh", "ls", "true"], {"true": b"t"}, {"x": b""})),
     ):
         seen = {""}
         for entry in entries:
@@ -71,7 +73,8 @@ def test_parents_come_before_children() -> None:
 
 
 def test_archive_is_the_same_each_time() -> None:
-    assert archive_of(list(tree.initramfs(INIT, BUSYBOX))) == archive_of(list(tree.initramfs(INIT, BUSYBOX)))
+    first, second = (archive_of(list(tree.initramfs(INIT, BUSYBOX, AGENT))) for _ in range(2))
+    assert first == second
 
 
 @pytest.mark.skipif(shutil.which("cpio") is None, reason="needs the cpio program")

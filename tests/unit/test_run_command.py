@@ -1,4 +1,4 @@
-"""A command as a shell has it: exit codes, streams, terminal, signals, time limits. The agent is the real one,
+"""A command as a shell has it: exit codes, streams, terminal, signals, time limits. The agent is real, and
 on the host; what uses it is a process of its own, as `vmrun exec` is.
 """
 
@@ -81,7 +81,7 @@ def run(*argv: str, input: bytes | None = None, limit: float = 0) -> tuple[int, 
     with running(*argv, stdin=stdin, limit=limit) as (process, _):
         out, err = process.communicate(input, timeout=SECONDS)
         said, _, last = err.rstrip(b"\n").rpartition(b"\n")
-        # What the command printed may end without a newline: the line about its end begins with True or False.
+        # What the command printed need not end with a newline.
         return process.returncode, out, said, last.decode()
 
 

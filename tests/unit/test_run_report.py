@@ -81,7 +81,7 @@ def test_the_worst_code_and_a_row_for_each(
         )
         return subprocess.CompletedProcess(command, codes[kernel], done.stdout, done.stderr)
 
-    monkeypatch.setattr(matrix.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     assert matrix.run_each([Path(name) for name in codes], 1 << 20, ["--", "true"]) == 128 + 9
     out, err = capfdbinary.readouterr()
     assert sorted(out.split(b"== ")[1:]) == sorted(f"{name}\nfrom {name}\n".encode() for name in codes)

@@ -26,10 +26,10 @@ STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main
 @dataclass(frozen=True, slots=True)
 class VmmRequest:
     """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
-    disks and cards, unless `disks` are where these were moved to, or `nics` are others; `mounts` go to the places
-    that it has for them. `throw_away`: what it writes to its disks is forgotten. `hold`: it stays paused.
-    `greet`: its guest is told who it is now. `confined`: its VMM gives up what it can. It enters `cgroup`
-    first. `timeout` is in seconds.
+    disks and cards, unless `disks` are where these were moved to, or `nics` are others; `mounts` go to the
+    places that it has for them. `throw_away`: what it writes to its disks is forgotten. `hold`: it stays
+    paused. `greet`: its guest is told who it is now. `confined`: its VMM gives up what it can. It enters
+    `cgroup` first. `timeout` is in seconds.
     """
 
     config: MachineConfig | None = None

@@ -9,6 +9,7 @@
  *   vmrun.host=NAME               host name
  *   vmrun.ip=ADDR/LEN[:GATEWAY]   IPv4 address of eth0
  *   vmrun.run=PATH                a program or script to run in place of the interactive shell
+ * It starts the guest agent beside that, which waits until the host has something for it.
  * When that program ends, or on SIGUSR1, SIGUSR2 or SIGTERM (busybox halt, poweroff, reboot), it syncs,
  * makes the root read-only and ends the machine. A kernel without ACPI cannot power off: then it resets,
  * which vmrun takes for the end as well.
@@ -279,6 +280,16 @@ static void run(char *program)
 	CALL(exit_group, 127, 0, 0, 0, 0);
 }
 
+static void run_agent(void)
+{
+	static char *const environment[] = { "PATH=/usr/local/bin:/bin", "HOME=/root", 0 };
+	static char *const agent[] = { "vmrun-agent", 0 };
+
+	CALL(setsid, 0, 0, 0, 0, 0);
+	CALL(execve, "/bin/vmrun-agent", agent, environment, 0, 0);
+	CALL(exit_group, 127, 0, 0, 0, 0);
+}
+
 __attribute__((noreturn, used)) void start(void)
 {
 	static const struct kernel_sigaction end = { .handler = on_signal, .flags = 0x04000000 /* SA_RESTORER */ };
@@ -300,6 +311,8 @@ __attribute__((noreturn, used)) void start(void)
 	child = CALL(vfork, 0, 0, 0, 0, 0);
 	if (child == 0)
 		run(value);
+	if (CALL(access, "/sys/class/virtio-ports", 0, 0, 0, 0) == 0 && CALL(vfork, 0, 0, 0, 0, 0) == 0)
+		run_agent();
 	for (;;) {
 		int status = 0;
 		long ended = CALL(wait4, -1, &status, 0, 0, 0);

@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmrun.guestkit import cache, host, kernel, root
+from vmrun.guestkit import cache, guest_agent, host, kernel, root
 from vmrun.guestkit.progress import Progress, Silent
 
 
@@ -114,7 +114,8 @@ def _kernel_key() -> str:
 def _root_key() -> str:
     here = Path(__file__).parent
     modules = [here / name for name in ("root.py", "tree.py", "cpio.py")]
-    return _hash(*(path.read_bytes() for path in [root.INIT_SOURCE, *root.SCRIPTS.values(), *modules]))
+    files = [root.INIT_SOURCE, root.TRUE_SOURCE, *root.SCRIPTS.values(), *modules]
+    return _hash(*(path.read_bytes() for path in files), *guest_agent.inputs())
 
 
 def _hash(*parts: bytes) -> str:

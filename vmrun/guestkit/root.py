@@ -12,10 +12,11 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from vmrun.guestkit import cpio, host, tree
+from vmrun.guestkit import cpio, guest_agent, host, tree
 from vmrun.guestkit.progress import Progress
 
 INIT_SOURCE = Path(__file__).with_name("init.c")
+TRUE_SOURCE = Path(__file__).with_name("true.c")
 SCRIPTS = {"demo": Path(__file__).with_name("demo.sh")}
 
 _COMPILE = [
@@ -44,17 +45,23 @@ def build(into: Path, progress: Progress) -> None:
     progress.step("building init")
     host.run([*_COMPILE, "-o", work / "init", INIT_SOURCE], work)
     init = (work / "init").read_bytes()
+    for name, status in (("true", 0), ("false", 1)):
+        host.run([*_COMPILE, f"-DSTATUS={status}", "-o", work / name, TRUE_SOURCE], work)
+    ends = {name: (work / name).read_bytes() for name in ("true", "false")}
+    progress.step("building the guest agent")
+    guest_agent.compile_program(work / "vmrun-agent")
+    agent = (work / "vmrun-agent").read_bytes()
     busybox = host.BUSYBOX.read_bytes()
 
     progress.step("writing the initramfs")
     with (into / "initramfs.cpio").open("wb") as archive:
-        cpio.write(archive, tree.initramfs(init, busybox))
+        cpio.write(archive, tree.initramfs(init, busybox, agent))
 
     progress.step("writing the disk")
     applets: list[str] = []
     host.run([host.BUSYBOX, "--list"], work, on_line=applets.append)
     scripts = {name: path.read_bytes() for name, path in SCRIPTS.items()}
-    entries = list(tree.disk(init, busybox, applets, scripts))
+    entries = list(tree.disk(init, busybox, agent, applets, ends, scripts))
     staging = work / "root"
     _lay_out(staging, entries)
     raw = work / "disk.raw"

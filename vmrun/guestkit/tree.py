@@ -47,22 +47,33 @@ def character_device(path: str, major: int, minor: int, permissions: int) -> Ent
     return Entry(path, stat.S_IFCHR | permissions, device=os.makedev(major, minor))
 
 
-def initramfs(init: bytes, busybox: bytes) -> Iterator[Entry]:
-    """The tree of the initramfs: `init` is PID 1, started by the kernel as /init."""
+def initramfs(init: bytes, busybox: bytes, agent: bytes) -> Iterator[Entry]:
+    """The tree of the initramfs: the kernel starts `init` as /init, and that starts `agent`."""
     yield directory("dev")
     # The kernel opens /dev/console before PID 1 can mount devtmpfs.
     yield character_device("dev/console", 5, 1, 0o600)
     yield file("init", init, 0o755)
-    yield from _common(busybox)
+    yield from _common(busybox, agent)
     yield link("bin/sh", "busybox")
 
 
-def disk(init: bytes, busybox: bytes, applets: list[str], scripts: dict[str, bytes]) -> Iterator[Entry]:
-    """The tree of the disk: `init` is /bin/init, every applet has its link, `scripts` go to /etc/vmrun."""
+def disk(
+    init: bytes,
+    busybox: bytes,
+    agent: bytes,
+    applets: list[str],
+    programs: dict[str, bytes],
+    scripts: dict[str, bytes],
+) -> Iterator[Entry]:
+    """The tree of the disk: `init` is /bin/init, every applet has its link but those for which `programs` has
+    something better, `scripts` go to /etc/vmrun.
+    """
     yield directory("dev")
-    yield from _common(busybox)
+    yield from _common(busybox, agent)
     yield file("bin/init", init, 0o755)
-    for applet in sorted(set(applets) - {"busybox", "init"}):
+    for name in sorted(programs):
+        yield file(f"bin/{name}", programs[name], 0o755)
+    for applet in sorted(set(applets) - {"busybox", "init", *programs}):
         yield link(f"bin/{applet}", "busybox")
     yield directory("home")
     yield directory("mnt")
@@ -73,9 +84,10 @@ def disk(init: bytes, busybox: bytes, applets: list[str], scripts: dict[str, byt
         yield file(f"etc/vmrun/{name}", scripts[name], 0o755)
 
 
-def _common(busybox: bytes) -> Iterator[Entry]:
+def _common(busybox: bytes, agent: bytes) -> Iterator[Entry]:
     yield directory("bin")
     yield file("bin/busybox", busybox, 0o755)
+    yield file("bin/vmrun-agent", agent, 0o755)
     yield link("sbin", "bin")
     yield directory("usr")
     yield link("usr/bin", "../bin")

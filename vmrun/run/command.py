@@ -94,7 +94,8 @@ def run(sandbox: Runner, command: Command, deadline: float, timeout: float | Non
         argv = ("/bin/sh",)
     if not argv:
         raise UserError("no command: give one behind --, as in vmrun run -- uname -a")
-    with _terminal(command.tty) as size:
+    # Signals first: the command may run, and somebody see that it does, before we know.
+    with _signals() as asked, _terminal(command.tty) as size:
         try:
             with phases.phase("start of the command"):
                 process = sandbox.exec(
@@ -109,7 +110,8 @@ def run(sandbox: Runner, command: Command, deadline: float, timeout: float | Non
                 )
         except AgentRefused as error:
             return Outcome(error.exit_code, str(error), started=False)
-        with phases.phase("command"), _signals(process) as asked:
+        asked.begin(process)
+        with phases.phase("command"):
             return _wait(sandbox, process, deadline, timeout, asked)
 
 
@@ -125,37 +127,39 @@ class _Asked:
     the guest, for a guest may not listen, and signal handlers and time limits cannot wait for it.
     """
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self) -> None:
         self.number = 0
         self.deadline = float("inf")
-        self._process = process
-        self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._tell, name="asked", daemon=True).start()
+        self._orders: SimpleQueue[Callable[[Process], None] | None] = SimpleQueue()
+
+    def begin(self, process: Process) -> None:
+        """Tell `process`, from what was asked until now on."""
+        threading.Thread(target=self._tell, args=(process,), name="asked", daemon=True).start()
 
     def signal(self, number: int) -> None:
         if number in ENDING and not self.number:
             self.number, self.deadline = number, time.monotonic() + GRACE_SECONDS
-        self._orders.put(lambda: self._process.signal(number))
+        self._orders.put(lambda process: process.signal(number))
 
     def resize(self) -> None:
         try:
             rows, columns = _size()
         except OSError:
             return  # no terminal
-        self._orders.put(lambda: self._process.resize(rows, columns))
+        self._orders.put(lambda process: process.resize(rows, columns))
 
-    def kill(self) -> None:
+    def kill(self, process: Process) -> None:
         """And wait, not for long, for what it has printed."""
-        self._orders.put(self._process.kill)
-        self._process.ended(KILL_SECONDS)
+        self._orders.put(Process.kill)
+        process.ended(KILL_SECONDS)
 
     def close(self) -> None:
         self._orders.put(None)
 
-    def _tell(self) -> None:
+    def _tell(self, process: Process) -> None:
         while (order := self._orders.get()) is not None:
             try:
-                order()
+                order(process)
             except AgentError:
                 return  # the machine has ended, which is noticed elsewhere
 
@@ -166,7 +170,7 @@ def _wait(
     while True:
         left = min(deadline, asked.deadline) - time.monotonic()
         if left <= 0:
-            asked.kill()
+            asked.kill(process)
             if asked.deadline < deadline:
                 name = signal.Signals(asked.number).name
                 code, reason = 128 + asked.number, f"did not end within {GRACE_SECONDS:g} s of {name}"
@@ -189,9 +193,9 @@ def _wait(
 
 
 @contextmanager
-def _signals(process: Process) -> Iterator[_Asked]:
+def _signals() -> Iterator[_Asked]:
     """What is sent to us goes to the command."""
-    asked = _Asked(process)
+    asked = _Asked()
 
     def forward(number: int, frame: FrameType | None) -> None:
         asked.signal(number)

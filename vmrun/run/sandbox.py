@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 from vmrun.agent.files import Totals
 from vmrun.agent.process import Capture, Process
 from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus
-from vmrun.agent.session import MS_RDONLY
+from vmrun.agent.session import MS_RDONLY, AgentSession
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.control.detach import Owned
@@ -35,7 +35,15 @@ from vmrun.image.config import ImageConfig
 from vmrun.machine.config import MIB, DiskConfig, Mount, NicConfig
 from vmrun.run import templates
 from vmrun.run.ending import SandboxEnded, last_words, log_directories
-from vmrun.run.guest import ANSWER_SECONDS, BOOT_SECONDS, MOUNT_TAG, connect, find_parts, machine_config
+from vmrun.run.guest import (
+    ANSWER_SECONDS,
+    BOOT_SECONDS,
+    MOUNT_TAG,
+    connect,
+    connect_restored,
+    find_parts,
+    machine_config,
+)
 from vmrun.run.phases import Phases
 from vmrun.run.spec import DEFAULT_MEMORY, DEFAULT_QUOTA, SandboxSpec, SharedDirectory
 
@@ -197,12 +205,17 @@ class Sandbox:
                 self._owned = stack.enter_context(start(replace(request, cgroup=group.path)))
                 self.name = self._owned.wait_until_running()
             with self.phases.phase("agent"):
-                self._session = self._in_guest(lambda: connect(self._owned, seconds))
+                # All machines of one template have the same random numbers until the agent is told.
+                self._session = self._in_guest(lambda: self._connect(request.snapshot is not None, seconds))
             stack.callback(self._session.close)
-            with self.phases.phase("time and entropy"):
-                # All machines of one template have the same random numbers until now.
-                self._in_guest(lambda: self._session.after_restore(ANSWER_SECONDS))
             self._stack = stack.pop_all()
+
+    def _connect(self, restored: bool, seconds: float) -> AgentSession:
+        if restored:
+            return connect_restored(runtime.base_directory() / self.name)
+        session = connect(self._owned, seconds)
+        session.after_restore(ANSWER_SECONDS)
+        return session
 
     def _in_guest(self, do: Callable[[], T]) -> T:
         """What `do` does with the agent. The machine's end, if that is why it fails, is a SandboxEnded."""
