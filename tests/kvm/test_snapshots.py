@@ -18,6 +18,7 @@ from devices.block.qcow2_header import Header
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
+from vmrun.host.backing import MAX_BACKING_FILES
 
 Kernel = Callable[[str], Path]
 
@@ -327,6 +328,19 @@ def test_a_snapshot_that_fails_changes_nothing(bare_kernel: Kernel, tmp_path: Pa
     assert not list(tmp_path.glob("x.*.qcow2"))
 
 
+def test_a_disk_with_too_many_files_below(bare_kernel: Kernel, tmp_path: Path) -> None:
+    path = disk(tmp_path, "0.qcow2")
+    for number in range(1, MAX_BACKING_FILES + 1):
+        above = tmp_path / f"{number}.qcow2"
+        arguments = ("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", path, above)
+        subprocess.run(["qemu-img", *arguments], check=True)
+        path = above
+    start(bare_kernel(COUNT), "--disk", path)
+    assert f"more than {MAX_BACKING_FILES} backing files" in refused("snapshot", "web", tmp_path / "s")
+    eventually(lambda: len(printed("web")) > 1000)
+    assert is_alphabets(printed("web"))
+
+
 def test_a_killed_vmm_leaves_no_snapshot(bare_kernel: Kernel, tmp_path: Path) -> None:
     image = disk(tmp_path)
     start(bare_kernel(MEMORY), "--disk", image, "--mem", "1G")
@@ -357,14 +371,15 @@ def test_a_killed_client_changes_nothing(bare_kernel: Kernel, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_hundred_times(bare_kernel: Kernel, tmp_path: Path) -> None:
-    image = disk(tmp_path)
-    start(bare_kernel(COUNT), "--disk", image)
-    text = ""
+    start(bare_kernel(COUNT))
+    name, text = "web", ""
     for cycle in range(100):
-        name = json.loads(good("ps", "--json"))[0]["name"]
         with MachineClient(name) as machine:
             machine.snapshot(tmp_path / f"s{cycle}", end=True)
+            machine.wait(60)
         text += printed(name)
-        good("restore", tmp_path / f"s{cycle}", "--detach", "--name", f"m{cycle}", "--throw-away")
+        name = f"m{cycle}"
+        good("restore", tmp_path / f"s{cycle}", "--detach", "--name", name)
         shutil.rmtree(tmp_path / f"s{cycle - 1}", ignore_errors=True)
-    assert is_alphabets(text)
+    eventually(lambda: printed(name))
+    assert is_alphabets(text + printed(name))

@@ -252,6 +252,14 @@ def test_a_terminal_gets_what_is_typed_to_its_end(terminal: Terminal) -> None:
         assert process.wait(SECONDS) == 0
 
 
+def test_what_was_typed_before_counts(terminal: Terminal) -> None:
+    fd = terminal.theirs
+    terminal.type(b"typed before\n")
+    with running("sh", "-c", "read x; echo got $x", kind="tty", stdin=fd, stdout=fd) as (process, _):
+        terminal.expect(b"got typed before")
+        assert process.wait(SECONDS) == 0
+
+
 def test_a_terminal_must_be_one() -> None:
     with running("true", kind="tty") as (process, _):
         _, err = process.communicate(timeout=SECONDS)

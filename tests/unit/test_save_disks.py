@@ -271,9 +271,12 @@ def test_a_greeting_begins_when_somebody_can_answer(monkeypatch: pytest.MonkeyPa
     while not greeted:
         os.sched_yield()
     assert len(free.connected) == 1
+    hello.close()
     for sock in (*greeted, *free.connected):
+        assert sock.fileno() >= 0
         sock.close()
-    hello._links = links[:1]
+    late = Greeting(links[:1], [])
     monkeypatch.setattr(greeting.logger, "warning", greeted.append)
-    hello.begin()
+    late.begin()
+    late.close()
     assert "not told" in greeted[-1]

@@ -108,6 +108,19 @@ class Process:
             thread.join(max(0.0, deadline - time.monotonic()))
         return self._over.wait(max(0.0, deadline - time.monotonic()))
 
+    def end(self, seconds: float) -> bool:
+        """Kill all that it has started, and tell as `ended` does. A guest that does not listen, to which
+        nothing more can be sent, takes no longer.
+        """
+        threading.Thread(target=self._try_kill, daemon=True, name=f"agent-end-{self._channel}").start()
+        return self.ended(seconds)
+
+    def _try_kill(self) -> None:
+        try:
+            self.kill()
+        except AgentGone:
+            pass  # and it with the guest
+
     def join_input(self) -> None:
         """After the end: wait until nothing reads `stdin` any more. It may be in the middle of a read."""
         if self._pumping is not None:

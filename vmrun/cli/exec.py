@@ -102,8 +102,9 @@ def _session(name: str) -> "AgentSession":
     from vmrun.control import runtime
     from vmrun.run.guest import open_session
 
+    directory = runtime.find(name)
     try:
-        return open_session(runtime.find(name), ANSWER_SECONDS)
+        return open_session(directory, ANSWER_SECONDS)
     except (AgentGone, UserError) as error:
         raise UserError(
             f"{name}: {error}: is there an agent in its guest? (docs/agent.md)", EXIT_VMM

@@ -8,13 +8,13 @@ have locked), and starts a fresh interpreter that is told the same as JSON.
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmrun.control.detach import Detached, Owned, start_owned
 from vmrun.errors import EXIT_VMM, UserError
-from vmrun.machine.config import MachineConfig
+from vmrun.machine.config import DiskConfig, MachineConfig
 
 if TYPE_CHECKING:
     from vmrun.machine.config import Mount, NicConfig
@@ -27,9 +27,9 @@ STUB = "import sys; sys.path[0:0] = {path!r}\nfrom vmrun.control.vmm import main
 class VmmRequest:
     """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
     disks and cards, unless `disks` are where these were moved to, or `nics` are others; `mounts` go to the
-    places that it has for them. `throw_away`: what it writes to its disks is forgotten. `hold`: it stays
-    paused. `greet`: its guest is told who it is now. `confined`: its VMM gives up what it can. It enters
-    `cgroup` first. `timeout` is in seconds.
+    places that it has for them. `throw_away`: what it writes to its disks is forgotten; it may write `quota`
+    bytes to the first, unless that is None. `hold`: it stays paused. `greet`: its guest is told who it is now.
+    `confined`: its VMM gives up what it can. It enters `cgroup` first. `timeout` is in seconds.
     """
 
     config: MachineConfig | None = None
@@ -37,6 +37,7 @@ class VmmRequest:
     disks: tuple[Path, ...] = ()
     nics: "tuple[NicConfig, ...]" = ()
     throw_away: bool = True
+    quota: int | None = None
     hold: bool = False
     mounts: "tuple[Mount, ...]" = ()
     greet: bool = True
@@ -68,6 +69,10 @@ class VmmRequest:
             config = saved.config(
                 disks=self.disks, nics=self.nics, mounts=self.mounts, throw_away=self.throw_away
             )
+            if self.quota is not None:
+                first, *others = config.disks
+                if isinstance(first, DiskConfig):
+                    config = replace(config, disks=(replace(first, quota=self.quota), *others))
             outcome = session.run(
                 config,
                 name=self.name,
@@ -90,6 +95,7 @@ class VmmRequest:
             "nics": carrier["nics"],
             "mounts": carrier["mounts"],
             "throw_away": self.throw_away,
+            "quota": self.quota,
             "hold": self.hold,
             "greet": self.greet,
             "confined": self.confined,
@@ -110,6 +116,7 @@ def parse_request(described: dict[str, Any]) -> VmmRequest:
         tuple(Path(disk) for disk in described["disks"]),
         parse_config({"nics": described["nics"]}).nics,
         described["throw_away"],
+        described["quota"],
         described["hold"],
         parse_config({"mounts": described["mounts"]}).mounts,
         described["greet"],

@@ -22,16 +22,18 @@ from vmrun.machine.config import DiskConfig, VhostUserDisk
 AnyDisk = DiskConfig | VhostUserDisk
 
 
-def create_overlay(base: DiskConfig, directory: Path, size: int | None = None) -> int:
+def create_overlay(
+    base: DiskConfig, directory: Path, size: int | None = None, path: Path | None = None
+) -> int:
     """The descriptor of an unnamed, empty overlay above `base`, in `directory`; the caller's. `size` in bytes
-    is that of `base`, for who knows it, and has `base` locked perhaps.
+    is that of `base`, for who knows it, and has `base` locked perhaps. `path` is where `base` is going to be.
 
     UserError when `base` cannot be opened, or `directory` not be written to.
     """
     if size is None:
         with closing(OpenDisk(replace(base, read_only=True))) as disk:
             size = disk.size
-    path = base.path.absolute()
+    path = (path or base.path).absolute()
     if len(os.fsencode(path)) > MAX_BACKING_NAME:
         raise UserError(f"disk {path}: its path is too long for a backing file's", EXIT_IMAGE)
     from devices.block.qcow2_create import create_qcow2  # here: most machines have no overlays

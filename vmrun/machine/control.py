@@ -57,7 +57,9 @@ class MachineControl:
     def _state(self) -> str:
         if self._saving.busy:
             return "saving"
-        if self._machine.pause.paused:
+        pause = self._machine.pause
+        # One that is held never was in the guest, though not all of its vCPUs may have said so yet.
+        if pause.paused or (pause.pausing and self._machine.held):
             return "paused"
         return "stopping" if self._stopping else "running"
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -411,16 +412,26 @@ class Machine:
         elif self._saved is not None and not self._saved.hold:
             self.pause.resume()
 
-    def greet(self, links: Sequence[PortLink]) -> None:
-        """Tell a restored guest who it is now, once it runs, if it has an agent. `links` are its ports'."""
+    def use_agent(self, links: Sequence[PortLink]) -> None:
+        """`links` lead to the agent's ports. A restored guest that has one is told who it is now, unless
+        somebody else does that. Before `run`.
+        """
         saved = self._saved
-        links = [link for link in links if link.port.guest_open]
-        if saved is None or not saved.greet or not links:
-            return
-        from vmrun.snapshot.greeting import Greeting
+        if saved is not None and saved.greet:
+            from vmrun.machine import agent
 
-        # A machine that is held may not go on for hours, and no agent answers before.
-        self.pause.on_resume(Greeting(links, list(zip(saved.macs, self.macs(), strict=True))).begin)
+            greeting = agent.greet(list(zip(saved.macs, self.macs(), strict=True)))
+            self.loop.call_soon(lambda: agent.talk(self.loop, links, greeting, lambda done: None))
+
+        def ask(reboot: bool, done: Callable[[bool], None]) -> bool:
+            from vmrun.machine import agent  # most machines end without
+
+            if not agent.listens(links):
+                return False
+            agent.talk(self.loop, links, agent.shut_down(reboot=reboot), done)
+            return True
+
+        self.shutdown.ask_agent = ask
 
     def halt(self) -> None:
         """Memory is lost: have the vCPUs leave the guest, and nobody use what they would read. Any thread; it
@@ -436,7 +447,12 @@ class Machine:
         self.config = config
         for index, disk in enumerate(config.disks):
             if isinstance(disk, DiskConfig):
-                self.disk(index).config = disk
+                opened = self.disk(index)
+                opened.config = disk
+                if disk.overlay is not None and opened.backing:
+                    # What it is above has been moved too, from where a snapshot was being made.
+                    below = opened.backing[0]
+                    below.config = replace(below.config, path=disk.path)
         self.on_config(config)
 
     def disk(self, index: int) -> MachineDisk:
@@ -448,15 +464,27 @@ class Machine:
         """Let disk `index` be what `config` says from now on, or what it was: its worker was released. While
         the machine is paused, on a parked vCPU's thread. Raises UserError and OSError.
         """
+        from vmrun.machine.workers import DEAD_WORKER_SECONDS
+
         before = sum(isinstance(disk, DiskConfig) for disk in self.config.disks[:index])
         disk = self._disks[before] if config is None else self._disks.exchange(before, config)
         worker = self.workers[f"blk{index}"]
         words = {**disk.words, "memory": str(self.config.memory)}
         channel = self.loop.ask(lambda: worker.launch_another(words, disk.fds))
+        process = worker.worker
         try:
             self.devices[f"blk{index}"].restart(channel)
         except ProtocolError as error:
-            raise OSError(str(error)) from None
+            # Its death says more than its silence, and is known a moment later: the main loop reaps it.
+            deadline = time.monotonic() + DEAD_WORKER_SECONDS
+            while not (dead := self.loop.ask(process.poll)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            raise OSError(process.describe_exit() if dead else str(error)) from None
+
+    @property
+    def held(self) -> bool:
+        """Whether it was restored to stay paused."""
+        return self._saved is not None and self._saved.hold
 
     def memory_source(self) -> OpenMemory | None:
         """Where memory comes from that is not here yet."""

@@ -1,9 +1,10 @@
 """How a guest is asked to shut down or to reboot, and what happens when it does not. VMM process, main loop.
 
 The request goes to vmmci if the guest has a driver for it, else to the ACPI power button if the guest enabled
-it; a guest with neither is stopped at once. It has ACKNOWLEDGE_SECONDS to show that it heard (a driver of
-vmmci writes the command back, an ACPI guest clears the button's status) and FINISH_SECONDS from then on to
-finish; after that it is stopped hard. The times and the rules are vmd's (`vmmci_ctl`, `vmmci_ack`).
+it, else to our agent in the guest; a guest with none of them is stopped at once. It has ACKNOWLEDGE_SECONDS
+to show that it heard (a driver of vmmci writes the command back, an ACPI guest clears the button's status; an
+agent answers, and has longer) and FINISH_SECONDS from then on to finish; after that it is stopped hard. The
+times and the rules are vmd's (`vmmci_ctl`, `vmmci_ack`).
 
 ACPI has no button for a reboot. There the guest is asked to shut down, and whoever started the machine is
 told to start it again.
@@ -30,6 +31,9 @@ class Shutdown:
         self.reboot = False  # the last request was for a reboot
         self.expected = False  # the guest was heard to shut down: whatever its CPU does next is the end
         self.on_driver: Callable[[], None] = lambda: None  # the driver of vmmci came or went; loop's thread
+        # Asks the guest's agent for a reboot (True) or a shutdown, and says later whether it was heard; False
+        # when there is none.
+        self.ask_agent: Callable[[bool, Callable[[bool], None]], bool] = lambda reboot, done: False
         self._loop = loop
         self._acpi_pm = acpi_pm
         self._stop = stop
@@ -54,8 +58,16 @@ class Shutdown:
         elif self._acpi_pm.enable & POWER_BUTTON:
             self._acpi_pm.press_power_button()
             self._wait(ACKNOWLEDGE_SECONDS, self._look_at_button)
+        elif self.ask_agent(reboot, self._agent_answered):
+            pass  # it has as long as a session with it may take
         else:
             self._stop(code, f"{reason}: the guest has no driver that could be asked to shut down")
+
+    def _agent_answered(self, done: bool) -> None:
+        if done:
+            self._heard()
+        else:
+            self._stop(self._code, "the guest's agent did not take the request to shut down")
 
     def _look_at_button(self) -> None:
         if self._acpi_pm.status & POWER_BUTTON:

@@ -148,11 +148,6 @@ class _Asked:
             return  # no terminal
         self._orders.put(lambda process: process.resize(rows, columns))
 
-    def kill(self, process: Process) -> None:
-        """And wait, not for long, for what it has printed."""
-        self._orders.put(Process.kill)
-        process.ended(KILL_SECONDS)
-
     def close(self) -> None:
         self._orders.put(None)
 
@@ -170,7 +165,7 @@ def _wait(
     while True:
         left = min(deadline, asked.deadline) - time.monotonic()
         if left <= 0:
-            asked.kill(process)
+            process.end(KILL_SECONDS)
             if asked.deadline < deadline:
                 name = signal.Signals(asked.number).name
                 code, reason = 128 + asked.number, f"did not end within {GRACE_SECONDS:g} s of {name}"
@@ -234,7 +229,7 @@ def _terminal(wanted: bool) -> Iterator[tuple[int, int] | None]:
         raise UserError("-t: stdin is not a terminal: leave -t out, for pipes")
     before = termios.tcgetattr(0)
     try:
-        tty.setraw(0)
+        tty.setraw(0, termios.TCSADRAIN)  # what was typed already counts
         yield _size()
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)

@@ -55,7 +55,7 @@ Start = Callable[[vmm.VmmRequest], Owned]
 
 OUTPUT_LIMIT = 64 * MIB  # bytes of each stream that `run` keeps
 END_SECONDS = 5.0  # between the end of a guest and that of its machine
-KILL_SECONDS = 30.0  # for the guest to end what it was told to kill
+KILL_SECONDS = 15.0  # for the guest to end what it was told to kill
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +141,7 @@ class Sandbox:
                 snapshot=template.snapshot,
                 nics=spec.nics,
                 mounts=directories,
+                quota=quota,
                 greet=False,
                 confined=confined,
                 name=name,
@@ -411,8 +412,7 @@ class Running:
         try:
             status = self._sandbox.wait(self._process, timeout)
         except TimeoutError:
-            self.kill()
-            self._process.ended(KILL_SECONDS)
+            self._process.end(KILL_SECONDS)
             raise CommandTimeout(timeout or 0.0, self._result(EXIT_TIMEOUT)) from None
         return replace(
             self._result(status.exit_code), signal=status.signal, out_of_memory=status.out_of_memory

@@ -39,7 +39,15 @@ if TYPE_CHECKING:
 PREFIX = "template-"
 SNAPSHOT = "snapshot"
 FACTS = "template.json"
-SAME = ("image", "kernel", "memory", "cpus", "nics")  # facts of two templates of which one is out of date
+SAME = (
+    "image",
+    "kernel",
+    "memory",
+    "cpus",
+    "disks",
+    "nics",
+    "mounts",
+)  # facts of two templates of which one is out of date
 SETTLE_PAUSE = 0.1
 SETTLE_LOOKS = 5
 SETTLE_SECONDS = 10.0
@@ -70,7 +78,8 @@ def key(spec: SandboxSpec, image: Image, parts: Parts) -> str:
     config = describe_config(machine_config(spec, image, parts))
     for nic in config["nics"]:
         nic.update(tap="", mac=None, allow=[], allow_private=False)  # a clone has its own
-    config.update(name="", disks=[{**config["disks"][0], "path": ""}, *config["disks"][1:]])
+    # The image counts by its digest, and how much may be written to it is each clone's.
+    config.update(name="", disks=[{**config["disks"][0], "path": "", "quota": None}, *config["disks"][1:]])
     depends = [
         vmrun.__version__,
         FORMAT,
@@ -159,7 +168,9 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
             "kernel": os.fspath(spec.kernel) if spec.kernel is not None else "kit",
             "memory": spec.memory,
             "cpus": spec.cpus,
+            "disks": [os.fspath(disk.path) for disk in spec.disks],
             "nics": len(spec.nics),
+            "mounts": [each.read_only for each in spec.mounts],
             "created": time.time(),
             "seconds": time.monotonic() - began,
         }

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vmrun.agent.process import Process
-from vmrun.agent.protocol import AgentError, ExitStatus
+from vmrun.agent.protocol import ExitStatus
 from vmrun.agent.session import AgentSession
 from vmrun.image.config import ImageConfig
 from vmrun.run.guest import ANSWER_SECONDS
 
 if TYPE_CHECKING:
     from vmrun.agent.process import Sink, Source
+
+END_SECONDS = 3.0  # for the guest to end what it was told to kill
 
 
 class Visit:
@@ -58,7 +60,4 @@ class Visit:
     def __exit__(self, *_: object) -> None:
         for process in self._started:
             if process.poll() is None:
-                try:
-                    process.kill()
-                except AgentError:
-                    pass  # the machine has ended
+                process.end(END_SECONDS)

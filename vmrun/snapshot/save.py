@@ -92,7 +92,8 @@ def save(machine: "Machine", directory: Path, *, go_on: bool) -> Saved:
                     files[index] = _chain(machine.disk(index), partial) if chain else []
             if go_on:
                 for disk in disks:
-                    _exchange(machine, disk, _overlay_config(disk, partial, machine.disk(disk.index).size))
+                    size = machine.disk(disk.index).size
+                    _exchange(machine, disk, _overlay_config(disk, partial, directory, size))
             cdrom = machine.config.cdrom
             manifest.write(
                 Manifest(
@@ -254,12 +255,13 @@ def _keep(overlay: int, path: Path) -> None:
         os.close(fd)
 
 
-def _overlay_config(disk: _Disk, partial: Path, size: int) -> DiskConfig:
+def _overlay_config(disk: _Disk, partial: Path, directory: Path, size: int) -> DiskConfig:
     """The frozen disk with a new overlay above it."""
     if disk.config.throw_away:
-        kept = partial / f"disk{disk.index}.qcow2"
+        name = f"disk{disk.index}.qcow2"
+        kept = partial / name
         base = DiskConfig(kept, "qcow2", serial=disk.config.serial, backing=_directories(disk.config))
-        disk.overlay = create_overlay(base, temporary_directory(), size)
+        disk.overlay = create_overlay(base, temporary_directory(), size, directory / name)
         return replace(base, throw_away=True, overlay=disk.overlay)
     disk.overlay = create_overlay(disk.config, disk.config.path.absolute().parent, size)
     return replace(disk.config, overlay=disk.overlay)
