@@ -15,12 +15,13 @@ from devices.block.qcow2_create import create_qcow2
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.disks import MachineDisk
 from vmrun.host.new_file import open_unnamed
+from vmrun.machine import agent
 from vmrun.machine.config import DiskConfig, MachineConfig, Mount
 from vmrun.machine.config_json import describe_config
 from vmrun.machine.control import MachineControl
+from vmrun.machine.machine import Machine
 from vmrun.machine.saving import Saving
-from vmrun.snapshot import greeting, manifest, restore, save
-from vmrun.snapshot.greeting import Greeting
+from vmrun.snapshot import manifest, restore, save
 from vmrun.snapshot.manifest import Manifest
 
 MIB = 1 << 20
@@ -259,24 +260,20 @@ def test_while_a_snapshot_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.ends == [(0, "reset", True)]
 
 
-def test_a_greeting_begins_when_somebody_can_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, free = (SimpleNamespace(free=each, connected=[]) for each in (False, True))
-    free.connect = free.connected.append
-    greeted: list[Any] = []
-    monkeypatch.setattr(Greeting, "_greet", lambda self, sock: greeted.append(sock))
-    links: Any = [taken, free]
-    hello = Greeting(links, [])
-    assert greeted == [] and free.connected == []
-    hello.begin()
-    while not greeted:
-        os.sched_yield()
-    assert len(free.connected) == 1
-    hello.close()
-    for sock in (*greeted, *free.connected):
-        assert sock.fileno() >= 0
-        sock.close()
-    late = Greeting(links[:1], [])
-    monkeypatch.setattr(greeting.logger, "warning", greeted.append)
-    late.begin()
-    late.close()
-    assert "not told" in greeted[-1]
+def test_a_restored_guest_is_greeted_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    talks: list[object] = []
+    monkeypatch.setattr(agent, "talk", lambda *arguments: talks.append(arguments))
+    soon: list[Callable[[], None]] = []
+    resumed: list[Callable[[], None]] = []
+    machine: Any = SimpleNamespace(
+        _saved=SimpleNamespace(greet=True, macs=[]),
+        macs=list,
+        loop=SimpleNamespace(call_soon=soon.append),
+        pause=SimpleNamespace(on_resume=resumed.append),
+        shutdown=SimpleNamespace(),
+    )
+    Machine.use_agent(machine, [])
+    assert talks == [] and soon == []
+    (begin,) = resumed
+    begin()
+    assert len(talks) == 1

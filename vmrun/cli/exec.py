@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmrun.run.command import Command
 
 ANSWER_SECONDS = 10.0
+COPY_LIMIT = 10 << 30  # bytes that a guest may put on the host with one cp
 
 
 def exec(
@@ -58,6 +59,7 @@ def cp(
     target: Annotated[str, Argument(metavar="TO", help="The other of the two.")],
 ) -> int:
     """Copy files and directories into a running machine, or out of it."""
+    from vmrun.agent.files import Limits
     from vmrun.agent.protocol import AgentError
 
     there, here = _machine_path(source), _machine_path(target)
@@ -66,10 +68,11 @@ def cp(
     name, path = there or here or ("", "")
     with _session(name) as session:
         try:
-            totals = session.copy_out(path, target) if there else session.copy_in(source, path)
+            limits = Limits(bytes=COPY_LIMIT)
+            totals = session.copy_out(path, target, limits=limits) if there else session.copy_in(source, path)
         except AgentError as error:
             raise UserError(str(error), EXIT_VMM) from None
-    for left_out in totals.left_out:
+    for left_out in (name.replace("\n", "?") for name in totals.left_out):
         print(f"vmrun: left out: {left_out}", file=sys.stderr)
     return 0
 

@@ -235,7 +235,7 @@ def _present(host: str, guest: str) -> tuple[str, str]:
 
 def _tell_left_out(names: list[str]) -> None:
     for name in names:
-        print(f"vmrun: left out: {name}", file=sys.stderr)
+        print("vmrun: left out:", name.replace("\n", "?"), file=sys.stderr)
 
 
 def _directories(texts: list[str]) -> "list[SharedDirectory]":

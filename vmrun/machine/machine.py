@@ -421,7 +421,8 @@ class Machine:
             from vmrun.machine import agent
 
             greeting = agent.greet(list(zip(saved.macs, self.macs(), strict=True)))
-            self.loop.call_soon(lambda: agent.talk(self.loop, links, greeting, lambda done: None))
+            # Not now: a machine that is held may not go on for hours, and no agent answers before.
+            self.pause.on_resume(lambda: agent.talk(self.loop, links, greeting, lambda done: None))
 
         def ask(reboot: bool, done: Callable[[bool], None]) -> bool:
             from vmrun.machine import agent  # most machines end without

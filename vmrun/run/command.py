@@ -183,8 +183,16 @@ def _wait(
     if status.out_of_memory:
         return Outcome(EXIT_GUEST_MEMORY, "the guest ran out of memory: give it more with --mem", own=True)
     if status.signal is not None:
-        return Outcome(status.exit_code, f"killed by {signal.Signals(status.signal).name}")
+        return Outcome(status.exit_code, f"killed by {_signal_name(status.signal)}")
     return Outcome(status.exit_code, f"exit code {status.exit_code}")
+
+
+def _signal_name(number: int) -> str:
+    """Python has names for those that C has; the guest may say any."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 @contextmanager

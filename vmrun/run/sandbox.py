@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from vmrun.agent.files import Limits as CopyLimits
 from vmrun.agent.files import Totals
 from vmrun.agent.process import Capture, Process
 from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus
@@ -130,7 +131,8 @@ class Sandbox:
         with self.phases.phase("image"):
             found = resolve(spec.image, teller)
             parts = find_parts()
-        if fresh:
+        if fresh or spec.disks:
+            # A template holds the disks it was made with.
             config = replace(machine_config(spec, found, parts), mounts=directories)
             request = vmm.VmmRequest(config=config, confined=confined, name=name, timeout=timeout)
         else:
@@ -150,7 +152,9 @@ class Sandbox:
         self._confined = confined
         workers = 1 + len(spec.disks) + len(spec.nics)
         limits = machine_limits(spec.memory, spec.cpus, workers)
-        self._begin(request, start, found.config, BOOT_SECONDS if fresh else ANSWER_SECONDS, limits)
+        self._begin(
+            request, start, found.config, ANSWER_SECONDS if request.snapshot else BOOT_SECONDS, limits
+        )
         try:
             self._prepare(spec)
         except BaseException:
@@ -195,6 +199,7 @@ class Sandbox:
         self.cpu_seconds, self.memory_used = 0.0, 0
         self._start = start
         self.keep_logs = False
+        self._kept: list[_Kept] = []
         self._closed = False
         self._closing, self._asking, self._forking = threading.Lock(), threading.Lock(), threading.Lock()
         with ExitStack() as stack:
@@ -331,9 +336,12 @@ class Sandbox:
         """Copy a file or directory tree into the guest, as `cp -r` does."""
         return self._in_guest(lambda: self._session.copy_in(os.fspath(host_path), guest_path))
 
-    def copy_out(self, guest_path: str, host_path: str | Path) -> Totals:
-        """Copy a file or directory tree out of the guest: no link of the guest's leads out of `host_path`."""
-        return self._in_guest(lambda: self._session.copy_out(guest_path, os.fspath(host_path)))
+    def copy_out(self, guest_path: str, host_path: str | Path, *, limit: int = DEFAULT_QUOTA) -> Totals:
+        """Copy a file or directory tree out of the guest, `limit` bytes at most: no link of the guest's leads
+        out of `host_path`.
+        """
+        limits = CopyLimits(bytes=limit)
+        return self._in_guest(lambda: self._session.copy_out(guest_path, os.fspath(host_path), limits=limits))
 
     def fork(self) -> "Sandbox":
         """Another sandbox in the state of this one, memory, disk and all, but for what `exec` runs: the
@@ -345,13 +353,24 @@ class Sandbox:
         other._confined = False
         with ExitStack() as stack:
             # Its disk lies there, below that of both.
-            directory = stack.enter_context(cache.scratch("fork")) / "snapshot"
+            scratch = stack.enter_context(cache.scratch("fork"))
+            directory = scratch / "snapshot"
             with self._forking, MachineClient(self.name) as machine:
                 machine.snapshot(directory)
             request = vmm.VmmRequest(snapshot=directory, greet=False)
             other._begin(request, self._start, self.image_config, ANSWER_SECONDS, self._limits)
-            self._stack.push(stack.pop_all())
+            kept = _Kept(stack.pop_all())
+            for sandbox in (self, other):
+                sandbox._keep(kept)
+            for below in self._kept[:-1]:
+                other._keep(below)
         return other
+
+    def _keep(self, kept: "_Kept") -> None:
+        """What the machine's disk is above stays until this is closed."""
+        kept.take()
+        self._kept.append(kept)
+        self._stack.callback(kept.drop)
 
     def close(self) -> None:
         """End the machine, and leave nothing of it. A second call does nothing."""
@@ -375,6 +394,26 @@ class Sandbox:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Kept:
+    """What goes when the last of those who use it is closed."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._users = 0
+        self._lock = threading.Lock()
+
+    def take(self) -> None:
+        with self._lock:
+            self._users += 1
+
+    def drop(self) -> None:
+        with self._lock:
+            self._users -= 1
+            last = self._users == 0
+        if last:
+            self._stack.close()
 
 
 class Running:

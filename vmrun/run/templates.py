@@ -86,6 +86,7 @@ def key(spec: SandboxSpec, image: Image, parts: Parts) -> str:
         _code(),
         config,
         image.digest,
+        _identity(image.disk),  # converted again it has the same digest, and is another file
         _identity(parts.agent.initramfs),
         _identity(spec.kernel or parts.kit.kernel),
         _processor(),
