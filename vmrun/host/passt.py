@@ -216,7 +216,10 @@ class Passt:
             if self.pidfd < 0 or self.poll():
                 break
             if number is not None:
-                signal.pidfd_send_signal(self.pidfd, number)
+                try:
+                    signal.pidfd_send_signal(self.pidfd, number)
+                except PermissionError:
+                    break  # it has another user id than a VMM that has confined itself
             self._wait(STOP_SECONDS)
         for fd in (self.pidfd, self._said_fd):
             if fd >= 0:

@@ -160,8 +160,8 @@ class Virtiofsd(Worker):
             try:
                 # Not reaped, so its number is nobody else's, and its group's too (it began a session).
                 os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            except (ProcessLookupError, PermissionError):
+                pass  # gone with it; or not ours to end, once the VMM has confined itself
         return super().poll()
 
 

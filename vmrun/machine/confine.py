@@ -77,6 +77,13 @@ def check_confinable(config: "MachineConfig") -> None:
                 f"--nic {nic.tap}: a confined machine cannot leave a bridge when it ends: "
                 f"put the tap on {nic.bridge} yourself, and leave out bridge="
             )
+        # A tap made for the machine vanishes with its last descriptor, and its addresses with it.
+        lent = nic.address is not None or nic.local
+        if lent and not nic.user and os.path.exists(f"/sys/class/net/{nic.tap}"):
+            raise UserError(
+                f"--nic {nic.tap}: a confined machine cannot take an address from a tap that stays: "
+                f"give {nic.tap} its address yourself, or name a tap that does not exist yet"
+            )
 
 
 def layers() -> list[tuple[str, str, bool]]:

@@ -98,7 +98,10 @@ class SharedDirectory:
 
     def _kill(self, text: str) -> None:
         if self.virtiofsd is not None and not self.virtiofsd.poll():
-            signal.pidfd_send_signal(self.virtiofsd.pidfd, signal.SIGKILL)
+            try:
+                signal.pidfd_send_signal(self.virtiofsd.pidfd, signal.SIGKILL)
+            except PermissionError:
+                pass  # the VMM has confined itself: it ends with its channel, which is closed next
             self._end(EXIT_VMM, f"{self.virtiofsd.title} is of no use any more: {text}")
 
     def quit(self) -> None:
