@@ -84,8 +84,10 @@ class Worker:
         """End it: close the channel, which lets it finish, flush and exit; after `timeout` seconds SIGTERM,
         then SIGKILL.
 
-        A VMM that has confined itself may send signals to its own workers only. What else it started, a
-        virtiofsd, ends with its channel, or is left to whoever started the VMM. Returns when the process is gone and reaped. Raises TimeoutError when even SIGKILL does not end it. A
+        A VMM that has confined itself may send signals to its own workers only. What else it started ends
+        with its channel, or outlives it.
+
+        Returns when the process is gone and reaped. Raises TimeoutError when even SIGKILL does not end it. A
         second call does nothing.
         """
         if self.pidfd < 0:

@@ -29,12 +29,12 @@ from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.guestkit import kit
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]
 
 PROGRAM = Path(__file__).with_name("snapshot_load.c")
 MIB = 1 << 20
-ANSWER_SECONDS = 120.0
-BOOT_SECONDS = 400.0
+ANSWER_SECONDS = 300.0
+BOOT_SECONDS = 600.0
 CPUS = 2
 MAC = "52:54:00:12:34:56"
 HOST, GUEST, PORT = "10.88.0.1", "10.88.0.2", 7777
@@ -42,6 +42,7 @@ NIC = f"tap0,ip={HOST}/24,mac={MAC}"
 DISC = bytes(range(256)) * 2048
 # A disk may have 16 files below it, and each snapshot that a machine goes on from adds one.
 GENERATIONS = 12
+SLOW = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 
 def vmrun(*arguments: str | Path, inside: tuple[str, ...] = ()) -> str:
@@ -91,19 +92,22 @@ class Guest:
     def status(self) -> dict[str, str]:
         return dict(pair.split("=") for pair in self.ask("status").split())
 
-    def clock(self) -> float:
-        """How many seconds its wall clock is ahead of ours. It reads it before its first byte; how long
-        before is the luck of a busy host, and the quickest answer tells best.
+    def clock(self) -> "Ahead":
+        """How many seconds its wall clock is ahead of ours: it reads it after our question and before its
+        first byte, between which there may be seconds on a busy host.
         """
-        return max(self._clock() for _ in range(4))
+        answers = [self._clock() for _ in range(4)]
+        return Ahead(max(each.least for each in answers), min(each.most for each in answers))
 
-    def _clock(self) -> float:
+    def _clock(self) -> "Ahead":
         self._questions += 1
+        asked = time.time()
         self._console.sendall(f"clock clock{self._questions}\n".encode())
         self._console.settimeout(ANSWER_SECONDS)
         self.said += self._console.recv(1).decode()
-        now = time.time()
-        return float(self.until(rf"clock clock{self._questions} (\S+)\n")[1]) - now
+        answered = time.time()
+        told = float(self.until(rf"clock clock{self._questions} (\S+)\n")[1])
+        return Ahead(told - answered, told - asked)
 
     def works(self) -> None:
         """Everything in it goes on from here: both CPUs, the disk, the card (if the host answers)."""
@@ -206,12 +210,26 @@ def packet(kind: bytes, number: int) -> bytes:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """A clock is ahead of ours by a number of seconds between these."""
+
+    least: float
+    most: float
+
+    def is_no_worse_than(self, before: "Ahead") -> bool:
+        """The kit's guests lose time at boot. A restore keeps that until the agent gets to setting the clock,
+        and the time is then as old as its way there was long.
+        """
+        return self.most > before.least - 0.3 and self.least < max(before.most, 0) + 0.3
+
+
+@dataclass(frozen=True)
 class Saved:
-    """The snapshots, and how many seconds the guest's clock was ahead of the host's in them."""
+    """The snapshots, and how much the guest's clock was ahead of the host's in them."""
 
     resting: Path
     working: Path
-    ahead: float
+    ahead: Ahead
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +291,7 @@ def check_disk(path: Path) -> None:
 
 
 @pytest.mark.usefixtures("network_namespace")
-@pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [100, pytest.param(1000, marks=SLOW)])
 def test_pausing_under_load(saved: Saved, place: Path, load: Path, cycles: int) -> None:
     with Echo() as echo, restore(saved.working, f"paused{cycles}") as guest:
         guest.talks(echo)
@@ -292,7 +310,7 @@ def test_pausing_under_load(saved: Saved, place: Path, load: Path, cycles: int) 
 
 
 @pytest.mark.usefixtures("network_namespace")
-@pytest.mark.parametrize("cycles", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [10, pytest.param(100, marks=SLOW)])
 def test_saving_and_restoring_under_load(saved: Saved, place: Path, load: Path, cycles: int) -> None:
     """One machine that lives in many processes, one after the other; and then another one, when it has gone
     from disk to disk so often that another would not be taken.
@@ -328,8 +346,7 @@ def test_saving_and_restoring_under_load(saved: Saved, place: Path, load: Path, 
 @pytest.mark.usefixtures("network_namespace")
 def test_another_tap_and_the_clock(saved: Saved, load: Path) -> None:
     with restore(saved.working, "moved", "--nic", f"tap7,ip={HOST}/24", "--throw-away") as guest:
-        # The guest's own clock is wrong from its boot on, and the snapshot does not make it worse.
-        assert abs(guest.clock() - saved.ahead) < 1
+        assert guest.clock().is_no_worse_than(saved.ahead)
         assert guest.status()["mac"] == MAC
         taps = [name for _, name in socket.if_nameindex() if name.startswith("tap")]
         assert taps == ["tap7"]  # /sys/class/net is of the namespace that it was mounted in
@@ -398,7 +415,7 @@ def test_ten_clones(saved: Saved, load: Path) -> None:
         nic = f"tap{{}},ip={HOST.rpartition('.')[0]}.1/24"
         assert vmrun("clone", saved.resting, "-n", "10", "--name", "clone", "--nic", nic).split() == names
         guests = [stack.enter_context(Guest(name)) for name in names]
-        assert all(abs(guest.clock() - saved.ahead) < 1 for guest in guests)
+        assert all(guest.clock().is_no_worse_than(saved.ahead) for guest in guests)
         facts = [guest.inspect() for guest in guests]
         full = facts[0]["memory"]
         used = [each["memory_used"] for each in facts]

@@ -297,6 +297,15 @@ def test_a_bridge_is_not_for_a_confined_machine() -> None:
         confine.check_confinable(config)
 
 
+def test_a_tap_that_stays_is_lent_no_address() -> None:
+    """One that is made for the machine is: it vanishes with its address. "lo" is there everywhere."""
+    confine.check_confinable(MachineConfig(nics=(NicConfig("new0", address="172.16.0.1/24"),)))
+    confine.check_confinable(MachineConfig(nics=(NicConfig("lo"),)))
+    for lent in (NicConfig("lo", address="172.16.0.1/24"), NicConfig("lo", local=True)):
+        with pytest.raises(UserError, match="give lo its address yourself"):
+            confine.check_confinable(MachineConfig(nics=(lent,)))
+
+
 INTRUDER = """
 import ctypes, errno, fcntl, json, mmap, os, signal, socket, sys
 sys.path[0:0] = [{root!r}]

@@ -107,7 +107,7 @@ def test_what_the_ended_left(capfd: pytest.CaptureFixture[str]) -> None:
 def test_help_is_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--help"]) == 0
     text = capsys.readouterr().out
-    commands = text.partition("Start machines:")[2]
+    commands = text.partition("Run commands:")[2]
     assert [line[:-1] for line in text.splitlines() if line.endswith(":")] == ["Options", *app.GROUPS]
     for group in app.GROUPS.values():
         for name in group:

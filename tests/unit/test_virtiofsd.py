@@ -203,6 +203,8 @@ def test_which_one_it_is_and_how_it_is_called(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="no virtiofsd that vmrun knows: --copy-in"):
         _ = Fake(tmp_path, "usage: something").program
+    with pytest.raises(UserError, match=r"works for root, or .*--copy-in"):
+        _ = Fake(tmp_path, "setgroups() failed with error=1:Operation not permitted").program
     (tmp_path / "text").touch()
     with pytest.raises(UserError, match=r"cannot be run: .*--copy-in"):
         probe(tmp_path / "text")
@@ -240,6 +242,22 @@ def test_its_end_is_reported_once_and_in_one_line(tmp_path: Path, shared: Path, 
             assert room.board.turn()
         mount.device.reset()
     assert room.ends == [(EXIT_VMM, f"the virtiofsd of {shared} was killed by signal 9")]
+
+
+def test_a_confined_vmm_lets_it_end(
+    tmp_path: Path, shared: Path, room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not send it signals, and reaps it all the same."""
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    with room.share(Mount(shared, "here"), Fake(tmp_path).program) as mount:
+        assert mount.virtiofsd is not None
+        pid = mount.virtiofsd.pid
+        monkeypatch.setattr(os, "killpg", refuse)
+        monkeypatch.setattr(signal, "pidfd_send_signal", refuse)
+    assert not os.path.exists(f"/proc/{pid}")
 
 
 def test_one_that_lives_on_without_its_connection_is_killed(

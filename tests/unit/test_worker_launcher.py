@@ -245,6 +245,21 @@ def test_a_stuck_worker_is_killed(image: int) -> None:
         assert worker.exit_code == -signal.SIGKILL
 
 
+def test_one_that_may_not_be_signalled_is_told_of(image: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a VMM that has confined itself meets, of programs that have another user id."""
+
+    def refuse(pidfd: int, number: int) -> None:
+        raise PermissionError
+
+    with launch("blk", "blk0", {}, {"image": image}) as worker:
+        ask_features(worker)
+        os.kill(worker.pid, signal.SIGSTOP)
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "pidfd_send_signal", refuse)
+            with pytest.raises(TimeoutError, match="does not end"):
+                worker.stop(0.05)
+
+
 def test_a_listening_channel_accepts_one_front_end(image: int, tmp_path: Path) -> None:
     """How a worker is started by hand, for another VMM."""
     path = str(tmp_path / "blk.sock")

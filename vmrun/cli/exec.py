@@ -32,7 +32,7 @@ def exec(
     ] = None,
     terminal: Annotated[bool, Option("--terminal", "-t", help="Give it a terminal: yours.")] = False,
 ) -> int:
-    """Run a command in a running machine; its exit code is the command's."""
+    """Run a command in a running machine, with its exit code."""
     from vmrun.cli import options
     from vmrun.run import command as commands
 

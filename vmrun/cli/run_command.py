@@ -88,7 +88,7 @@ def run(
         Path | None, Option(metavar="FILE", help="Draw how long each phase took (SVG), and print a table.")
     ] = None,
 ) -> int:
-    """Run a command in a throw-away machine; its exit code is the command's.
+    """Run a command in a throw-away machine, with its exit code.
 
     The first run with an image, kernel and size boots a machine and saves it; later ones begin there. Nothing
     the command does stays, but what --copy-out and --keep say. Codes of vmrun's own: 64 usage, 65 no KVM, 66

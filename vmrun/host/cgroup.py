@@ -25,8 +25,10 @@ CONTROLLERS = ("memory", "pids", "cpu")
 PERIOD = 100_000  # microseconds, of cpu.max
 END_SECONDS = 5.0  # how long what was killed may take to be gone
 
-# What a machine takes beside the guest's memory, measured and doubled: the VMM has about 40 MiB, a worker
-# 15 MiB. The page cache of its disks counts too, but goes when it is wanted.
+# What a machine takes beside the guest's memory. Measured at work: a VMM has 15 to 30 MiB of its own and 3 to
+# 6 threads, a pager 3 MiB, a worker 4 to 6 MiB and up to 3 threads, and all share 7 MiB. Three times that,
+# since what the kernel has for them counts too: page tables, buffers of sockets. So does the page cache of
+# the disks, but that goes when it is wanted.
 VMM_MEMORY = 96 << 20
 WORKER_MEMORY = 32 << 20
 VMM_THREADS = 16

@@ -102,6 +102,13 @@ def probe(path: Path) -> Program:
         said = done.stdout.decode(errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"--mount: {path} cannot be run: {error}: {INSTEAD}", EXIT_VMM) from None
+    if "setgroups() failed" in said:
+        # QEMU's gives them up first of all, which takes a right that only root has.
+        raise UserError(
+            f"--mount: {path} works for root, or for who is in one group only: install the virtiofsd that is "
+            f"written in Rust; {INSTEAD}",
+            EXIT_VMM,
+        )
     rust = "--shared-dir" in said
     if not rust and "source=PATH" not in said:
         raise UserError(f"--mount: {path} is no virtiofsd that vmrun knows: {INSTEAD}", EXIT_VMM)

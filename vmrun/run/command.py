@@ -2,6 +2,7 @@
 process, main thread.
 """
 
+import errno
 import os
 import signal
 import threading
@@ -14,7 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from vmrun.agent.process import Process
-from vmrun.agent.protocol import AgentError, AgentRefused
+from vmrun.agent.protocol import STAGE_CWD, STAGE_USER, AgentError, AgentRefused
 from vmrun.errors import EXIT_GUEST_MEMORY, EXIT_TIMEOUT, UserError
 from vmrun.run.phases import Phases
 
@@ -109,7 +110,7 @@ def run(sandbox: Runner, command: Command, deadline: float, timeout: float | Non
                     stderr=2,
                 )
         except AgentRefused as error:
-            return Outcome(error.exit_code, str(error), started=False)
+            return Outcome(error.exit_code, _refusal(error, command), started=False)
         asked.begin(process)
         with phases.phase("command"):
             return _wait(sandbox, process, deadline, timeout, asked)
@@ -185,6 +186,16 @@ def _wait(
     if status.signal is not None:
         return Outcome(status.exit_code, f"killed by {_signal_name(status.signal)}")
     return Outcome(status.exit_code, f"exit code {status.exit_code}")
+
+
+def _refusal(error: AgentRefused, command: Command) -> str:
+    """Why the command was not started, naming what was wrong."""
+    why = os.strerror(error.errno).lower()
+    if error.stage == STAGE_CWD:
+        return f"--workdir {command.workdir}: {why}" if command.workdir else f"the image's directory: {why}"
+    if error.stage == STAGE_USER and error.errno == errno.ENOENT:
+        return f"--user {command.user}: there is no such user in the guest"
+    return str(error)
 
 
 def _signal_name(number: int) -> str:
