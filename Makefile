@@ -25,7 +25,7 @@ test: guest
 	$(VENV)/bin/pytest -m "not slow"
 
 slow: guest
-	$(VENV)/bin/pytest -m slow
+	$(VENV)/bin/pytest -m "slow and not by_hand"
 
 check: venv
 	$(VENV)/bin/pytest tests/unit/test_linters.py

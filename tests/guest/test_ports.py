@@ -156,7 +156,9 @@ class Guest:
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("amount", [MIB, pytest.param(64 * MIB, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "amount", [MIB, pytest.param(64 * MIB, marks=[pytest.mark.slow, pytest.mark.by_hand])]
+)
 def test_ports(
     guest_kit: kit.GuestKit, static_program: Build, initramfs: MakeInitramfs, tmp_path: Path, amount: int
 ) -> None:

@@ -25,6 +25,8 @@ from vmrun.control import runtime
 from vmrun.guestkit import cache
 from vmrun.run.sandbox import Sandbox
 
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
+
 REPOSITORY = Path(__file__).parents[2]
 VMRUN = [sys.executable, "-m", "vmrun"]
 SECONDS = 280.0  # in which a run ends even where its template is made first, on a loaded host

@@ -20,6 +20,8 @@ from vmrun import AsyncSandbox, CommandTimeout, Sandbox, SandboxEnded, UserError
 from vmrun.control import runtime
 from vmrun.guestkit import cache
 
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
+
 REPOSITORY = Path(__file__).parents[2]
 VMRUN = [sys.executable, "-m", "vmrun"]
 MIRROR = "http://deb.debian.org/debian"

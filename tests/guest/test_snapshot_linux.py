@@ -29,7 +29,7 @@ from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.guestkit import kit
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand, pytest.mark.root, pytest.mark.timeout(1800)]
 
 PROGRAM = Path(__file__).with_name("snapshot_load.c")
 MIB = 1 << 20

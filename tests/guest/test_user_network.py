@@ -20,6 +20,8 @@ from tests.unit.test_host_tap import ip
 from vmrun.guestkit import host, kit
 
 pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.by_hand,
     pytest.mark.root,
     pytest.mark.usefixtures("network_namespace"),
     pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed"),

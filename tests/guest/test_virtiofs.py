@@ -31,7 +31,11 @@ from vmrun.snapshot.restore import Snapshot
 TIMEOUT = 400.0
 SIZE = 256 * 1024
 
-pytestmark = pytest.mark.skipif(virtiofsd.find() is None, reason="needs virtiofsd")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.by_hand,
+    pytest.mark.skipif(virtiofsd.find() is None, reason="needs virtiofsd"),
+]
 
 
 @pytest.fixture

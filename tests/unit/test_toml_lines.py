@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from vmrun.control.toml_lines import KeyLines, KeyPath
@@ -106,8 +106,12 @@ def test_every_value_is_where_it_stands(data: st.DataObject) -> None:
     text = Writer(data).document()
     if data.draw(st.booleans()):
         text = text.replace("\n", "\r\n")
+    try:
+        whole = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        reject()  # a table that was an array before
     found = KeyLines(text)
-    for path, value in leaves(tomllib.loads(text)):
+    for path, value in leaves(whole):
         if isinstance(value, int):
             assert found.of(path) == text[: text.index(str(value))].count("\n") + 1, (path, text)
 

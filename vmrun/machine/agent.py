@@ -79,11 +79,12 @@ def greet(macs: Sequence[tuple[str, str]]) -> Work:
 
 
 def shut_down(*, reboot: bool) -> Work:
-    """By the guest's own program, which its init knows; else the agent does it."""
+    """By systemd, which has services to stop; where it is not init, the agent does it."""
 
     def work(session: AgentSession) -> None:
         try:
-            session.exec(["reboot" if reboot else "poweroff"], keep=True, timeout=ANSWER_SECONDS)
+            how = "reboot" if reboot else "poweroff"
+            session.exec(["systemctl", how], keep=True, timeout=ANSWER_SECONDS)
         except AgentRefused:
             session.poweroff(reset=reboot, timeout=ANSWER_SECONDS)
 

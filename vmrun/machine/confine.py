@@ -79,11 +79,21 @@ def check_confinable(config: "MachineConfig") -> None:
             )
         # A tap made for the machine vanishes with its last descriptor, and its addresses with it.
         lent = nic.address is not None or nic.local
-        if lent and not nic.user and os.path.exists(f"/sys/class/net/{nic.tap}"):
+        if lent and not nic.user and _is_there(nic.tap):
             raise UserError(
                 f"--nic {nic.tap}: a confined machine cannot take an address from a tap that stays: "
                 f"give {nic.tap} its address yourself, or name a tap that does not exist yet"
             )
+
+
+def _is_there(interface: str) -> bool:
+    import socket
+
+    try:
+        socket.if_nametoindex(interface)
+    except OSError:
+        return False
+    return True
 
 
 def layers() -> list[tuple[str, str, bool]]:

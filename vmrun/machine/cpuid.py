@@ -14,8 +14,8 @@ _LEAF_AMD_CACHE = 0x8000001D
 _LEAF_AMD_TOPOLOGY = 0x8000001E
 _LEAF_KVM = 0x40000001
 # ASYNC_PF, ASYNC_PF_VMEXIT and ASYNC_PF_INT (Documentation/virt/kvm/x86/cpuid.rst): a task of the guest's
-# sleeps until KVM tells that its page is there. KVM has no way to save what it still has to tell, so a task
-# would sleep for ever in a guest that was saved meanwhile. And to switch tasks costs more than our pager.
+# sleeps until KVM tells that its page is there. What it still has to tell is no part of what we save, so it
+# is not relied on. And to switch tasks for a page costs an interpreted guest more than to wait for it.
 _ASYNC_PAGE_FAULTS = 1 << 4 | 1 << 10 | 1 << 14
 _HTT = 1 << 28  # leaf 1 EDX: more than one logical CPU in the package
 

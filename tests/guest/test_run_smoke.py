@@ -1,0 +1,67 @@
+"""`vmrun run` and `exec` in real guests, as short as it can be; test_run.py has the rest."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vmrun.control import runtime
+from vmrun.guestkit import kit
+
+
+@pytest.fixture(autouse=True)
+def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "run"
+    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
+    yield path
+    for pid in runtime.running().values():
+        os.kill(pid, signal.SIGKILL)
+
+
+def vmrun(*arguments: str | Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "vmrun", *map(str, arguments)]
+    return subprocess.run(command, input=data, capture_output=True, timeout=280, check=False)
+
+
+def test_a_command_in_a_throw_away_machine(base: Path) -> None:
+    script = "cat; echo out; echo err >&2; exit 42"
+    done = vmrun("run", "--", "sh", "-c", script, data=b"\0\xffin")
+    assert done.returncode == 42, done.stderr
+    assert done.stdout == b"\0\xffinout\n" and done.stderr.endswith(b"err\n")
+    # From the template now, which is as good the second time.
+    done = vmrun("run", "--json", "--", "sh", "-c", "kill -9 $$")
+    assert done.returncode == 137
+    report = json.loads(done.stderr.splitlines()[-1])
+    assert (report["code"], report["own"]) == (137, False)
+    assert not runtime.running() and not list((base / runtime.ENDED).glob("*/*"))
+
+
+def test_a_machine_is_visited_saved_cloned_and_stopped(tmp_path: Path) -> None:
+    found = kit.find()
+    assert found is not None
+    disk = tmp_path / "disk.qcow2"
+    shutil.copyfile(found.disk, disk)
+    assert vmrun("boot", "--detach", "--name", "web", "--disk", disk).returncode == 0
+    for _ in range(20):
+        # It takes its time to boot; the agent is waited for ten seconds each time.
+        if vmrun("exec", "web", "--", "touch", "/root/there").returncode == 0:
+            break
+    assert vmrun("snapshot", "web", tmp_path / "saved").returncode == 0
+    done = vmrun("clone", tmp_path / "saved", "-n", "2", "--name", "c")
+    assert done.stdout == b"c-1\nc-2\n", done.stderr
+    drawn = [
+        vmrun("exec", name, "--", "sh", "-c", "ls /root; head -c 16 /dev/urandom | od -x").stdout
+        for name in ("c-1", "c-2", "web")
+    ]
+    assert all(text.startswith(b"there\n") for text in drawn) and len(set(drawn)) == 3
+    done = vmrun("stop", "-w", "web")
+    assert done.returncode == 0, done.stderr
+    assert b"the guest reset the machine" in vmrun("log", "--vmm", "web").stdout
+    assert vmrun("stop", "-f", "-w", "c-1", "c-2").returncode == 0
+    subprocess.run(["qemu-img", "check", "-q", tmp_path / "disk.1.qcow2"], check=True)
