@@ -85,10 +85,11 @@ def test_from_threads(config: MachineConfig) -> None:
         def work() -> None:
             try:
                 for _ in range(10):
-                    machine.pause()
-                    machine.resume()
+                    assert machine.status().state == "running"
                     with Machine.boot(MachineConfig(memory=64 * MIB, kernel=config.kernel)) as other:
                         assert other.name != machine.name
+                        other.pause()
+                        other.resume()
             except BaseException as error:
                 failures.append(error)
 

@@ -510,8 +510,10 @@ def test_without_root() -> None:
         (directory / "hello").write_text("hello")
         os.chown(directory, 65534, 65534)
         script = NOBODY.format(root=str(ROOT), directory=name)
+        # Ours may lie where only we can read it.
+        python = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
         done = subprocess.run(
-            [sys.executable, "-c", script], cwd="/", env={}, capture_output=True, text=True, check=False
+            [python, "-c", script], cwd="/", env={}, capture_output=True, text=True, check=False
         )
         if done.returncode and "user namespace" in done.stderr:
             pytest.skip("only root has namespaces here")
