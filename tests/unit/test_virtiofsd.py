@@ -482,11 +482,13 @@ NOBODY = """
 import os, sys
 from pathlib import Path
 sys.path[0:0] = [{root!r}]
+# All that there is to import, first: the interpreter may lie where only root can read it.
+from contextlib import ExitStack
+from tests.unit.test_virtiofsd import Room, guest_memory, Mount
+import vmrun.host.virtiofsd, vmrun.host.virtiofsd_child, vmrun.machine.mounts
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)
-from contextlib import ExitStack
-from tests.unit.test_virtiofsd import Room, guest_memory, Mount
 for read_only in (False, True):
     with guest_memory() as memory, ExitStack() as stack:
         room = Room(memory)
@@ -503,17 +505,17 @@ for read_only in (False, True):
 
 
 @needs_virtiofsd
-@pytest.mark.root
 def test_without_root() -> None:
+    prefix = Path(sys.base_prefix)
+    if os.geteuid() or not all(each.stat().st_mode & 1 for each in (prefix, *prefix.parents)):
+        pytest.skip("needs root, and an interpreter that others may run")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
         directory = Path(name)
         (directory / "hello").write_text("hello")
         os.chown(directory, 65534, 65534)
         script = NOBODY.format(root=str(ROOT), directory=name)
-        # Ours may lie where only we can read it.
-        python = "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else sys.executable
         done = subprocess.run(
-            [python, "-c", script], cwd="/", env={}, capture_output=True, text=True, check=False
+            [sys.executable, "-c", script], cwd="/", env={}, capture_output=True, text=True, check=False
         )
         if done.returncode and "user namespace" in done.stderr:
             pytest.skip("only root has namespaces here")
