@@ -103,9 +103,13 @@ def _machine_path(text: str) -> tuple[str, str] | None:
 def _session(name: str) -> "AgentSession":
     from vmrun.agent.protocol import AgentGone
     from vmrun.control import runtime
+    from vmrun.control.client import MachineClient
     from vmrun.run.guest import open_session
 
     directory = runtime.find(name)
+    with MachineClient(name) as machine:
+        if machine.status().state == "paused":
+            raise UserError(f"{name} is paused: vmrun resume {name}")
     try:
         return open_session(directory, ANSWER_SECONDS)
     except (AgentGone, UserError) as error:
