@@ -370,6 +370,7 @@ def test_a_killed_client_changes_nothing(bare_kernel: Kernel, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_a_hundred_times(bare_kernel: Kernel, tmp_path: Path) -> None:
     start(bare_kernel(COUNT))
     name, text = "web", ""

@@ -26,7 +26,7 @@ from vmrun.machine import vmm_seccomp
 
 __all__ = ["base", "conformance_guest", "disks"]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
 
 Kernel = Callable[[str], Path]
 Work = Callable[[str | None], int]

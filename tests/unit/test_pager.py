@@ -722,6 +722,7 @@ from devices.pager.main import main; main()"""
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand  # once in a while a call is made only after the end was noticed
 @pytest.mark.parametrize(
     "name", [entry.name for entry in seccomp.PAGER_ALLOWED if entry.name not in NOT_HERE]
 )
