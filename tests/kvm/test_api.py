@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,22 @@ def test_a_life(config: MachineConfig, tmp_path: Path) -> None:
     assert not runtime.running()
     names = {path.name for path in tmp_path.glob("*.qcow2")}
     assert names == {"x.qcow2", "x.1.qcow2"}
+
+
+def test_a_quota_outlives_a_snapshot(config: MachineConfig, tmp_path: Path) -> None:
+    (disk,) = config.disks
+    assert isinstance(disk, DiskConfig)
+    limited = replace(config, disks=(replace(disk, throw_away=True, quota=5 * MIB, serial="one"),))
+
+    def facts(machine: Machine) -> tuple[object, ...]:
+        (found,) = machine.inspect()["config"]["disks"]
+        return found["quota"], found["serial"], found["throw_away"]
+
+    with Machine.boot(limited) as machine:
+        machine.snapshot(tmp_path / "s")
+        assert facts(machine) == (5 * MIB, "one", True)
+        with Machine.restore(tmp_path / "s", throw_away=True) as other:
+            assert facts(other) == (5 * MIB, "one", True)
 
 
 def test_it_fails_as_the_command_does(config: MachineConfig, tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ class Machine:
     def __init__(self, path: Path, image_format: str, stack: ExitStack) -> None:
         (self.disk,) = stack.enter_context(Disks([DiskConfig(path, image_format)]))
         self.loop = EventLoop()
-        self.worker = stack.enter_context(SupervisedWorker("blk", "blk0", self.disk.words, self.disk.fds))
+        worker = SupervisedWorker("blk", "blk0", self.disk.words, self.disk.fds, MIB)
+        self.worker = stack.enter_context(worker)
         stack.callback(self.loop.close)
         self.guest = Guest()
         stack.callback(self.guest.close)

@@ -111,19 +111,19 @@ def parse_request(described: dict[str, Any]) -> VmmRequest:
 
     config, snapshot = described["config"], described["snapshot"]
     return VmmRequest(
-        None if config is None else parse_config(config),
-        None if snapshot is None else Path(snapshot),
-        tuple(Path(disk) for disk in described["disks"]),
-        parse_config({"nics": described["nics"]}).nics,
-        described["throw_away"],
-        described["quota"],
-        described["hold"],
-        parse_config({"mounts": described["mounts"]}).mounts,
-        described["greet"],
-        described["confined"],
-        None if described["cgroup"] is None else Path(described["cgroup"]),
-        described["name"],
-        described["timeout"],
+        config=None if config is None else parse_config(config),
+        snapshot=None if snapshot is None else Path(snapshot),
+        disks=tuple(Path(disk) for disk in described["disks"]),
+        nics=parse_config({"nics": described["nics"]}).nics,
+        throw_away=described["throw_away"],
+        quota=described["quota"],
+        hold=described["hold"],
+        mounts=parse_config({"mounts": described["mounts"]}).mounts,
+        greet=described["greet"],
+        confined=described["confined"],
+        cgroup=None if described["cgroup"] is None else Path(described["cgroup"]),
+        name=described["name"],
+        timeout=described["timeout"],
     )
 
 

@@ -36,11 +36,10 @@ from devices.virtio.transport import VirtioPciFunction, virtio_identity
 from devices.virtio.vmmci import IDENTITY as VMMCI_IDENTITY
 from vmrun.boot.loader import load
 from vmrun.errors import EXIT_IMAGE, EXIT_NO_KVM, EXIT_PANIC, EXIT_TIMEOUT, EXIT_VMM, UserError
-from vmrun.host.check import cpu_flags, kvm_flavour
+from vmrun.host.check import kvm_flavour
 from vmrun.host.disks import Disks, MachineDisk, OpenDisk
 from vmrun.host.nics import Nics
 from vmrun.kvm import System, Vm, abi
-from vmrun.kvm.identity import cpu_identity
 from vmrun.kvm.software import SoftwareCpu, adjust_cpuid, prepare_vm
 from vmrun.machine import layout
 from vmrun.machine.board import KvmBoard
@@ -180,14 +179,12 @@ class Machine:
         for index, disk in zip(positions, disks, strict=True):
             from vmrun.machine.workers import SupervisedWorker
 
-            words = {**disk.words, "memory": str(config.memory)}
-            worker = SupervisedWorker("blk", f"blk{index}", words, disk.fds, self.lazy)
+            worker = SupervisedWorker("blk", f"blk{index}", disk.words, disk.fds, config.memory, self.lazy)
             workers[worker.name] = stack.enter_context(worker)
         for index, nic in enumerate(nics):
             from vmrun.machine.workers import SupervisedWorker
 
-            words = {**nic.words, "memory": str(config.memory)}
-            worker = SupervisedWorker("net", f"net{index}", words, nic.fds, self.lazy)
+            worker = SupervisedWorker("net", f"net{index}", nic.words, nic.fds, config.memory, self.lazy)
             workers[worker.name] = stack.enter_context(worker)
 
         self._mounts: list[SharedDirectory] = []
@@ -213,8 +210,7 @@ class Machine:
         kvm = stack.enter_context(_open_kvm())
         vm = stack.enter_context(self._create_vm(kvm))
         supported = kvm.supported_cpuid()
-        self.msr_indices = kvm.msr_indices()
-        self.cpu_identity = cpu_identity(supported, software=self._software_kvm, host_flags=cpu_flags())
+        self._kvm = kvm
         self.board = KvmBoard(vm, self.loop, _physical_address_bits(supported))
         self.pci = PciBus(
             self.board,
@@ -233,12 +229,7 @@ class Machine:
             scsi = ScsiDevice(self.ram.memory, self.board, disc)
             self._plug_virtio_device(scsi, "scsi")
         self._plug_virtio()
-        leaves = [vcpu_leaves(supported, index, config.cpus) for index in range(config.cpus)]
-        if self._software_kvm:
-            for each in leaves:
-                adjust_cpuid(each)
-        if saved is not None:
-            leaves = saved.cpuid(self.cpu_identity)
+        leaves = self._leaves(supported) if saved is None else saved.cpuid(self.cpu_identity())
         self.vcpus = [self._create_vcpu(vm, each, index, stack) for index, each in enumerate(leaves)]
         if state is not None:
             set_boot_state(self.vcpus[0].vcpu, state)
@@ -372,6 +363,15 @@ class Machine:
         except ProtocolError as error:
             raise UserError(str(error), EXIT_IMAGE) from None
 
+    def _leaves(self, supported: list[abi.kvm_cpuid_entry2]) -> list[list[abi.kvm_cpuid_entry2]]:
+        """What each vCPU of a new machine tells of itself."""
+        cpus = self.config.cpus
+        leaves = [vcpu_leaves(supported, index, cpus) for index in range(cpus)]
+        if self._software_kvm:
+            for each in leaves:
+                adjust_cpuid(each)
+        return leaves
+
     def _create_vcpu(
         self, vm: Vm, leaves: list[abi.kvm_cpuid_entry2], index: int, stack: ExitStack
     ) -> VcpuThread:
@@ -470,8 +470,7 @@ class Machine:
         before = sum(isinstance(disk, DiskConfig) for disk in self.config.disks[:index])
         disk = self._disks[before] if config is None else self._disks.exchange(before, config)
         worker = self.workers[f"blk{index}"]
-        words = {**disk.words, "memory": str(self.config.memory)}
-        channel = self.loop.ask(lambda: worker.launch_another(words, disk.fds))
+        channel = self.loop.ask(lambda: worker.launch_another(disk.words, disk.fds))
         process = worker.worker
         try:
             self.devices[f"blk{index}"].restart(channel)
@@ -486,6 +485,20 @@ class Machine:
     def held(self) -> bool:
         """Whether it was restored to stay paused."""
         return self._saved is not None and self._saved.hold
+
+    def msr_indices(self) -> list[int]:
+        """Of the model-specific registers that KVM can save."""
+        return self._kvm.msr_indices()
+
+    def cpu_identity(self) -> dict[str, Any]:
+        """What processor the guest is used to. Found out when it is saved or restored: most starts need it
+        not.
+        """
+        from vmrun.host.check import cpu_flags
+        from vmrun.kvm.identity import cpu_identity
+
+        supported = self._kvm.supported_cpuid()
+        return cpu_identity(supported, software=self._software_kvm, host_flags=cpu_flags())
 
     def memory_source(self) -> OpenMemory | None:
         """Where memory comes from that is not here yet."""

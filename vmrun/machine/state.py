@@ -24,7 +24,9 @@ def save_state(machine: "Machine") -> dict[str, Any]:
     except ProtocolError as error:
         raise OSError(str(error)) from None
     return {
-        "kvm": save_machine(machine.board.vm, [thread.vcpu for thread in machine.vcpus], machine.msr_indices),
+        "kvm": save_machine(
+            machine.board.vm, [thread.vcpu for thread in machine.vcpus], machine.msr_indices()
+        ),
         "software": [thread.helper.save() for thread in machine.vcpus if thread.helper is not None],
         "platform": {name: device.save() for name, device in machine.platform.items()},
         "pci": pci,

@@ -59,7 +59,8 @@ class SupervisedWorker:
     """One worker over all its lives. A context manager: at its end the worker is gone.
 
     What it calls `end(exit code, reason)` for is the machine's end. `fds` stay the caller's and must stay
-    open: each life gets them anew. `lazy` is who fills the guest's memory, if that is done while it runs.
+    open: each life gets them anew. `memory_size` is the guest's, in bytes: a worker maps that, and not much
+    more. `lazy` is who fills the guest's memory, if that is done while it runs.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class SupervisedWorker:
         name: str,
         words: Mapping[str, str],
         fds: Mapping[str, int],
+        memory_size: int,
         lazy: "LazyRam | None" = None,
     ) -> None:
         self.kind = kind
@@ -76,6 +78,7 @@ class SupervisedWorker:
         self.replaceable = True  # a confined VMM starts nobody
         self._words = dict(words)
         self._fds = dict(fds)
+        self._memory_size = memory_size
         self._lazy = lazy
         self._deaths: deque[float] = deque()
         self._quitting = False
@@ -88,7 +91,8 @@ class SupervisedWorker:
         fds = dict(self._fds)
         if self._lazy is not None and self._lazy.userfault_fd >= 0:
             fds["userfault"] = self._lazy.userfault_fd
-        self.worker = launch(self.kind, self.name, self._words, fds)
+        words = {**self._words, "memory": str(self._memory_size)}
+        self.worker = launch(self.kind, self.name, words, fds)
         self._gone = threading.Event()  # this worker has ended
 
     def connect(self, memory: GuestMemory, board: Board, loop: EventLoop, end: End) -> VhostUserDevice:

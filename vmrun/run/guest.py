@@ -23,12 +23,10 @@ from vmrun.run.spec import SandboxSpec
 
 BOOT_SECONDS = 120.0  # for a kernel whose instructions are interpreted, on a loaded host
 ANSWER_SECONDS = 60.0  # for an agent that was running when it was saved
-# A clone's memory comes when it is touched. Linux would switch to another task for each page that is not
-# there yet, and back when it is: that takes longer than to wait, much longer where kernels are interpreted.
-# Time that the host takes away is of no use to know.
 # A place for a directory of the host's: templates have as many as the runs that begin there.
 MOUNT_TAG = "vmrun.mount.{}"
-LEAN = ("no-kvmapf", "no-steal-acc")
+# Time that the host takes away is of no use to know.
+LEAN = ("no-steal-acc",)
 
 
 @dataclass(frozen=True, slots=True)

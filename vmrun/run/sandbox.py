@@ -220,7 +220,11 @@ class Sandbox:
         if restored:
             return connect_restored(runtime.base_directory() / self.name)
         session = connect(self._owned, seconds)
-        session.after_restore(ANSWER_SECONDS)
+        try:
+            session.after_restore(ANSWER_SECONDS)
+        except BaseException:
+            session.close()
+            raise
         return session
 
     def _in_guest(self, do: Callable[[], T]) -> T:

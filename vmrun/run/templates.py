@@ -39,15 +39,8 @@ if TYPE_CHECKING:
 PREFIX = "template-"
 SNAPSHOT = "snapshot"
 FACTS = "template.json"
-SAME = (
-    "image",
-    "kernel",
-    "memory",
-    "cpus",
-    "disks",
-    "nics",
-    "mounts",
-)  # facts of two templates of which one is out of date
+# Facts that two templates share of which one is out of date.
+SAME = ("image", "kernel", "memory", "cpus", "nics", "mounts")
 SETTLE_PAUSE = 0.1
 SETTLE_LOOKS = 5
 SETTLE_SECONDS = 10.0
@@ -79,7 +72,7 @@ def key(spec: SandboxSpec, image: Image, parts: Parts) -> str:
     for nic in config["nics"]:
         nic.update(tap="", mac=None, allow=[], allow_private=False)  # a clone has its own
     # The image counts by its digest, and how much may be written to it is each clone's.
-    config.update(name="", disks=[{**config["disks"][0], "path": "", "quota": None}, *config["disks"][1:]])
+    config.update(name="", disks=[{**config["disks"][0], "path": "", "quota": None}])
     depends = [
         vmrun.__version__,
         FORMAT,
@@ -169,7 +162,6 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
             "kernel": os.fspath(spec.kernel) if spec.kernel is not None else "kit",
             "memory": spec.memory,
             "cpus": spec.cpus,
-            "disks": [os.fspath(disk.path) for disk in spec.disks],
             "nics": len(spec.nics),
             "mounts": [each.read_only for each in spec.mounts],
             "created": time.time(),

@@ -79,7 +79,9 @@ def check_frozen(frozen: FrozenFile, path: Path) -> None:
         status = os.stat(path)
         if status.st_size != frozen.size:
             what = f"its file had {frozen.size} bytes and has {status.st_size}"
-        elif os.fspath(path) == frozen.path and status.st_mtime_ns != frozen.mtime_ns:
+        elif status.st_mtime_ns == frozen.mtime_ns:
+            return
+        elif os.fspath(path) == frozen.path:
             what = "it was written to"
         elif _fingerprint(path) != frozen.fingerprint:
             what = "its beginning is another"

@@ -101,7 +101,7 @@ def save(machine: "Machine", directory: Path, *, go_on: bool) -> Saved:
                     created=time.time(),
                     vmrun=vmrun.__version__,
                     config=describe_config(_saved_config(machine.config)),
-                    cpu=machine.cpu_identity,
+                    cpu=machine.cpu_identity(),
                     memory=memory.save(),
                     state_sha256=hashlib.sha256(state).hexdigest(),
                     disks=[files[index] for index in sorted(files)],
@@ -259,12 +259,16 @@ def _overlay_config(disk: _Disk, partial: Path, directory: Path, size: int) -> D
     """The frozen disk with a new overlay above it."""
     if disk.config.throw_away:
         name = f"disk{disk.index}.qcow2"
-        kept = partial / name
-        base = DiskConfig(kept, "qcow2", serial=disk.config.serial, backing=_directories(disk.config))
-        disk.overlay = create_overlay(base, temporary_directory(), size, directory / name)
-        return replace(base, throw_away=True, overlay=disk.overlay)
+        kept = _kept_config(disk, partial / name, None)
+        disk.overlay = create_overlay(kept, temporary_directory(), size, directory / name)
+        return replace(kept, overlay=disk.overlay)
     disk.overlay = create_overlay(disk.config, disk.config.path.absolute().parent, size)
     return replace(disk.config, overlay=disk.overlay)
+
+
+def _kept_config(disk: _Disk, path: Path, overlay: int | None) -> DiskConfig:
+    """A throw-away disk of which the snapshot keeps `path`: in all else, its quota too, what it was."""
+    return replace(disk.config, path=path, format="qcow2", backing=_directories(disk.config), overlay=overlay)
 
 
 def _exchange(machine: "Machine", disk: _Disk, config: DiskConfig) -> None:
@@ -345,14 +349,7 @@ def _going_on(
     configs = list(config.disks)
     for disk in disks:
         if disk.name is None:
-            configs[disk.index] = DiskConfig(
-                directory / f"disk{disk.index}.qcow2",
-                "qcow2",
-                serial=disk.config.serial,
-                backing=_directories(disk.config),
-                throw_away=True,
-                overlay=disk.overlay,
-            )
+            configs[disk.index] = _kept_config(disk, directory / f"disk{disk.index}.qcow2", disk.overlay)
             disk.overlay = -1  # from now on the machine's
             continue
         frozen[os.fspath(disk.config.path)] = os.fspath(disk.name)
