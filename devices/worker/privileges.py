@@ -1,16 +1,21 @@
 """The steps by which a process gives up what it could do: namespaces, root directory, ids, capabilities,
 files. Worker processes, and the VMM that confines itself.
 
-Each step is for good and raises OSError where the host refuses it. `devices.worker.sandbox` puts them
-together for a worker; the order is told there. See namespaces(7), capabilities(7), landlock(7).
+Each step is for good and raises OSError where the host refuses it. `give_up` is their order; who calls it,
+`devices.worker.sandbox` or the VMM, says what is its own. See namespaces(7), capabilities(7), landlock(7).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 
 from devices.worker import seccomp
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -49,6 +54,56 @@ OVERFLOW_ID = 65534
 # The range from 0x70000000 is one that neither distributions, systemd nor container managers give out;
 # process ids are at most 22 bits long.
 FIRST_ID = 0x70000000
+
+
+def give_up(
+    *,
+    namespaces: Callable[[], None],
+    ids: Callable[[], None],
+    last: Callable[[], None],
+    files: Callable[[], None],
+    calls: Callable[[], None],
+) -> list[tuple[str, str]]:
+    """Give up everything, in the order that works: `namespaces`, the root directory, as root the `ids`,
+    capabilities, what `last` wants done before nothing can be gained any more, `files` (Landlock), system
+    `calls` (seccomp). Returns (layer, why not) for the optional layers this host refuses; raises OSError when
+    one of the others cannot be had.
+    """
+    refused: list[tuple[str, str]] = []
+
+    def attempt(layer: str, step: Callable[[], None]) -> bool:
+        try:
+            step()
+        except OSError as error:
+            refused.append((layer, error.strerror or str(error)))
+            return False
+        return True
+
+    was_root = os.geteuid() == 0
+    # An empty root without a mount namespace of its own would be mounted over the host's.
+    if attempt("namespaces", namespaces):
+        attempt("empty root", empty_root)
+    else:
+        refused.append(("empty root", "needs a mount namespace"))
+    os.chdir("/")
+    drop_capability_bounds()
+    if was_root:
+        attempt("user id", ids)
+    else:
+        refused.append(("user id", "only root can take another one"))
+    drop_capabilities()
+    last()
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    attempt("landlock", files)
+    calls()
+    return refused
+
+
+def lower_limit(number: int, limit: int) -> None:
+    """setrlimit(2): `limit`, soft and hard, or what is lower already."""
+    _, hard = resource.getrlimit(number)
+    limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
+    resource.setrlimit(number, (limit, limit))
 
 
 def prctl(option: int, argument2: int = 0, argument3: int = 0) -> int:

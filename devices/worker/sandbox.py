@@ -20,7 +20,7 @@ from devices.worker import privileges, seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 PR_SET_PDEATHSIG = 1
 SIGKILL = 9
@@ -70,37 +70,16 @@ def enter(
     if _thread._count():
         raise OSError(0, "a thread was started before the sandbox: it would stay outside")
     program = seccomp.assemble(allowed)
-    refused: list[tuple[str, str]] = []
-
-    def attempt(layer: str, step: Callable[[], None]) -> bool:
-        try:
-            step()
-        except OSError as error:
-            refused.append((layer, error.strerror or str(error)))
-            return False
-        return True
-
-    was_root = os.geteuid() == 0
-    namespaces = privileges.NAMESPACES | (0 if was_root else privileges.CLONE_NEWUSER)
+    namespaces = privileges.NAMESPACES | (0 if os.geteuid() == 0 else privileges.CLONE_NEWUSER)
     _close_all_but(keep)
     _limit(memory, quota)
-    # An empty root without a mount namespace of its own would be mounted over the host's.
-    if attempt("namespaces", lambda: privileges.unshare(namespaces)):
-        attempt("empty root", privileges.empty_root)
-    else:
-        refused.append(("empty root", "needs a mount namespace"))
-    os.chdir("/")
-    privileges.drop_capability_bounds()
-    if was_root:
-        attempt("user id", lambda: _drop_ids(parent))
-    else:
-        refused.append(("user id", "only root can take another one"))
-    privileges.drop_capabilities()
-    _lifeline(parent)
-    privileges.prctl(privileges.PR_SET_NO_NEW_PRIVS, 1)
-    attempt("landlock", privileges.landlock)
-    seccomp.install(program)
-    return refused
+    return privileges.give_up(
+        namespaces=lambda: privileges.unshare(namespaces),
+        ids=lambda: _drop_ids(parent),
+        last=lambda: _lifeline(parent),
+        files=privileges.landlock,
+        calls=lambda: seccomp.install(program),
+    )
 
 
 def _close_all_but(keep: tuple[int, ...]) -> None:
@@ -127,9 +106,7 @@ def _limit(memory: int | None, quota: int | None) -> None:
         # CPython ignores SIGXFSZ: what goes beyond is EFBIG, and an I/O error for the guest.
         limits.append((resource.RLIMIT_FSIZE, quota))
     for number, limit in limits:
-        _, hard = resource.getrlimit(number)
-        limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
-        resource.setrlimit(number, (limit, limit))
+        privileges.lower_limit(number, limit)
 
 
 def _drop_ids(parent: int | None) -> None:

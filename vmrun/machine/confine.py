@@ -20,7 +20,6 @@ import logging
 import os
 import resource
 import threading
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from devices.worker import privileges, sandbox, seccomp
@@ -128,34 +127,20 @@ def _enter(cpus: int) -> list[tuple[str, str]]:
     if threading.active_count() > 1 or threading.current_thread() is not threading.main_thread():
         raise OSError(0, "the VMM has threads already: they would stay outside its confinement")
     program = seccomp.assemble(vmm_seccomp.allowed(os.getpid()), vmm_seccomp.ABSENT)
-    refused: list[tuple[str, str]] = []
-
-    def attempt(layer: str, step: Callable[[], None]) -> bool:
-        try:
-            step()
-        except OSError as error:
-            refused.append((layer, error.strerror or str(error)))
-            return False
-        return True
-
     was_root = os.geteuid() == 0
     _limit(cpus)
-    if attempt("namespaces", _enter_namespaces if was_root else _enter_user_namespace):
-        attempt("empty root", privileges.empty_root)
-    else:
-        refused.append(("empty root", "needs a mount namespace"))
-    os.chdir("/")
-    privileges.drop_capability_bounds()
-    if was_root:
-        attempt("user id", lambda: _drop_ids(cpus))
-    else:
-        refused.append(("user id", "only root can take another one"))
-    privileges.drop_capabilities()
+    return privileges.give_up(
+        namespaces=_enter_namespaces if was_root else _enter_user_namespace,
+        ids=lambda: _drop_ids(cpus),
+        last=_hide,
+        files=_landlock,
+        calls=lambda: seccomp.install(program),
+    )
+
+
+def _hide() -> None:
+    """From debuggers, and so from other processes of the id it has taken."""
     privileges.prctl(privileges.PR_SET_DUMPABLE, 0)
-    privileges.prctl(privileges.PR_SET_NO_NEW_PRIVS, 1)
-    attempt("landlock", _landlock)
-    seccomp.install(program)
-    return refused
 
 
 def _landlock() -> None:
@@ -179,7 +164,7 @@ def _enter_user_namespace() -> None:
 def _drop_ids(cpus: int) -> None:
     # The very id by which its workers know it (`devices.worker.sandbox`).
     if privileges.drop_ids(privileges.FIRST_ID + os.getpid()):
-        _lower(resource.RLIMIT_NPROC, cpus + MORE_THREADS)
+        privileges.lower_limit(resource.RLIMIT_NPROC, cpus + MORE_THREADS)
 
 
 def _limit(cpus: int) -> None:
@@ -188,17 +173,11 @@ def _limit(cpus: int) -> None:
     page = resource.getpagesize()
     mapped, private = int(words[0]) * page, int(words[5]) * page
     threads = cpus + MORE_THREADS
-    _lower(resource.RLIMIT_CORE, 0)  # a core file would be a copy of guest memory
-    _lower(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + MORE_DESCRIPTORS)
-    _lower(resource.RLIMIT_AS, mapped + MORE_MEMORY + threads * (THREAD_STACK + THREAD_HEAP))
-    _lower(resource.RLIMIT_DATA, private + MORE_MEMORY + threads * THREAD_STACK)
+    privileges.lower_limit(resource.RLIMIT_CORE, 0)  # a core file would be a copy of guest memory
+    privileges.lower_limit(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + MORE_DESCRIPTORS)
+    privileges.lower_limit(resource.RLIMIT_AS, mapped + MORE_MEMORY + threads * (THREAD_STACK + THREAD_HEAP))
+    privileges.lower_limit(resource.RLIMIT_DATA, private + MORE_MEMORY + threads * THREAD_STACK)
     # RLIMIT_FSIZE stays: a console that is redirected may be as long as it likes.
-
-
-def _lower(number: int, limit: int) -> None:
-    _, hard = resource.getrlimit(number)
-    limit = limit if hard == resource.RLIM_INFINITY else min(hard, limit)
-    resource.setrlimit(number, (limit, limit))
 
 
 def _rehearse() -> None:
