@@ -29,23 +29,24 @@ MIB = 1 << 20
 PROGRAM = """
 import socket, sys, time
 from vmrun.agent.session import AgentSession
+from vmrun.agent.process import Process
 from vmrun.errors import UserError
+from vmrun.image.config import ImageConfig
 from vmrun.run import command
 from vmrun.run.phases import Phases
-from vmrun.run.visit import Visit
 
 fd, kind, limit, grace, *argv = sys.argv[1:]
 command.GRACE_SECONDS = float(grace)
 timeout = float(limit) or None
 with AgentSession(socket.socket(fileno=int(fd))) as session:
     session.hello(20)
-    with Visit(session) as visit:
-        deadline = float("inf") if timeout is None else time.monotonic() + timeout
-        wanted = command.Command(tuple(argv), env=(("PATH", "/usr/bin:/bin"),), tty=kind == "tty")
-        try:
-            outcome = command.run(visit, wanted, deadline, timeout, Phases())
-        except UserError as error:
-            outcome = command.Outcome(error.code, str(error), own=True)
+    place = command.Place(session.exec, Process.wait, ImageConfig())
+    deadline = float("inf") if timeout is None else time.monotonic() + timeout
+    wanted = command.Command(tuple(argv), env=(("PATH", "/usr/bin:/bin"),), tty=kind == "tty")
+    try:
+        outcome = command.run(place, wanted, deadline, timeout, Phases())
+    except UserError as error:
+        outcome = command.Outcome(error.code, str(error), own=True)
 print(outcome.own, outcome.started, outcome.stopped, outcome.reason, file=sys.stderr)
 sys.exit(outcome.code)
 """

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmrun.run.command import Command
 
 ANSWER_SECONDS = 10.0
+START_SECONDS = 60.0  # for a guest whose kernel is interpreted, on a busy host
 COPY_LIMIT = 10 << 30  # bytes that a guest may put on the host with one cp
 
 
@@ -78,15 +79,20 @@ def cp(
 
 
 def _run(name: str, wanted: "Command", timeout: float | None) -> int:
+    from functools import partial
+
+    from vmrun.agent.process import Process
     from vmrun.agent.protocol import AgentError
+    from vmrun.image.config import ImageConfig
     from vmrun.run import command
     from vmrun.run.phases import Phases
-    from vmrun.run.visit import Visit
 
-    with _session(name) as session, Visit(session) as visit:
+    with _session(name) as session:
+        execute = partial(session.exec, timeout=START_SECONDS)
+        place = command.Place(execute, Process.wait, ImageConfig())
         try:
             deadline = float("inf") if timeout is None else time.monotonic() + timeout
-            outcome = command.run(visit, wanted, deadline, timeout, Phases())
+            outcome = command.run(place, wanted, deadline, timeout, Phases())
         except AgentError as error:
             raise UserError(f"{name}: {error}", EXIT_VMM) from None
     if outcome.own or not outcome.started:

@@ -209,7 +209,8 @@ def _use(
     for host, guest in ins:
         with phases.phase("copy in"):
             _tell_left_out(sandbox.copy_in(host, guest).left_out)
-    outcome = command.run(sandbox, wanted, deadline, timeout, phases)
+    place = command.Place(sandbox.exec, sandbox.wait, sandbox.image_config)
+    outcome = command.run(place, wanted, deadline, timeout, phases)
     if outcome.stopped:
         return outcome
     for guest, host in outs:

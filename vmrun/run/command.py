@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from vmrun.agent.process import Process
 from vmrun.agent.protocol import STAGE_CWD, STAGE_USER, AgentError, AgentRefused
@@ -20,7 +20,6 @@ from vmrun.errors import EXIT_GUEST_MEMORY, EXIT_TIMEOUT, UserError
 from vmrun.run.phases import Phases
 
 if TYPE_CHECKING:
-    from vmrun.agent.process import Sink, Source
     from vmrun.agent.protocol import ExitStatus
     from vmrun.image.config import ImageConfig
 
@@ -64,33 +63,23 @@ class Outcome:
     stopped: bool = False
 
 
-class Runner(Protocol):
-    """Where commands run: a sandbox (`vmrun.run.sandbox`), or a machine that somebody else runs."""
-
-    @property
-    def image_config(self) -> "ImageConfig": ...
-
-    def exec(
-        self,
-        argv: Sequence[str | bytes],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        tty: tuple[int, int] | None = None,
-        stdin: "Source" = None,
-        stdout: "Sink" = None,
-        stderr: "Sink" = None,
-    ) -> Process: ...
-
-    def wait(self, process: Process, timeout: float | None = None) -> "ExitStatus": ...
-
-
-def run(sandbox: Runner, command: Command, deadline: float, timeout: float | None, phases: Phases) -> Outcome:
-    """Run `command` to its end, with our own stdin, stdout and stderr; it is stopped at `deadline` (of
-    time.monotonic), which was `timeout` seconds away. Raises UserError when the machine ends instead.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where commands run: how to start one (`vmrun.agent.session.AgentSession.exec`), how to wait for its end
+    (`Process.wait`), and what the image says of itself.
     """
-    argv = command.argv or (*sandbox.image_config.entrypoint, *sandbox.image_config.cmd)
+
+    execute: Callable[..., Process]
+    wait: "Callable[[Process, float], ExitStatus]"
+    image_config: "ImageConfig"
+
+
+def run(place: Place, command: Command, deadline: float, timeout: float | None, phases: Phases) -> Outcome:
+    """Run `command` to its end, with our own stdin, stdout and stderr; it is stopped at `deadline` (of
+    time.monotonic), which was `timeout` seconds away, and when we are interrupted. Raises UserError and
+    AgentError when the machine ends instead.
+    """
+    argv = command.argv or (*place.image_config.entrypoint, *place.image_config.cmd)
     if not argv and command.tty:
         argv = ("/bin/sh",)
     if not argv:
@@ -99,7 +88,7 @@ def run(sandbox: Runner, command: Command, deadline: float, timeout: float | Non
     with _signals() as asked, _terminal(command.tty) as size:
         try:
             with phases.phase("start of the command"):
-                process = sandbox.exec(
+                process = place.execute(
                     argv,
                     env=_environment(command),
                     cwd=command.workdir,
@@ -112,8 +101,12 @@ def run(sandbox: Runner, command: Command, deadline: float, timeout: float | Non
         except AgentRefused as error:
             return Outcome(error.exit_code, _refusal(error, command), started=False)
         asked.begin(process)
-        with phases.phase("command"):
-            return _wait(sandbox, process, deadline, timeout, asked)
+        try:
+            with phases.phase("command"):
+                return _wait(place, process, deadline, timeout, asked)
+        finally:
+            if process.poll() is None:
+                process.end(KILL_SECONDS)
 
 
 def _environment(command: Command) -> dict[str, str]:
@@ -160,13 +153,10 @@ class _Asked:
                 return  # the machine has ended, which is noticed elsewhere
 
 
-def _wait(
-    sandbox: Runner, process: Process, deadline: float, timeout: float | None, asked: _Asked
-) -> Outcome:
+def _wait(place: Place, process: Process, deadline: float, timeout: float | None, asked: _Asked) -> Outcome:
     while True:
         left = min(deadline, asked.deadline) - time.monotonic()
         if left <= 0:
-            process.end(KILL_SECONDS)
             if asked.deadline < deadline:
                 name = signal.Signals(asked.number).name
                 code, reason = 128 + asked.number, f"did not end within {GRACE_SECONDS:g} s of {name}"
@@ -175,7 +165,7 @@ def _wait(
             return Outcome(code, reason, own=True, stopped=True)
         try:
             # In slices: a signal may bring the deadline forward.
-            status = sandbox.wait(process, min(left, LOOK_SECONDS))
+            status = place.wait(process, min(left, LOOK_SECONDS))
         except TimeoutError:
             continue
         break
