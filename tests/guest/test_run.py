@@ -187,22 +187,26 @@ def test_time_is_up(nothing_left: None) -> None:
     assert facts["reason"] == "timed out after 30 s"
 
 
-def test_a_kernel_that_never_answers(tmp_path: Path) -> None:
+@pytest.fixture
+def hanging(tmp_path: Path) -> Path:
+    """A kernel that never does anything."""
     kernel = tmp_path / "hang"
-    (tmp_path / "hang.s").write_text(HANG)
+    (tmp_path / "hang.s").write_text(".global _start\n_start:\nhlt\njmp _start\n")
     subprocess.run(["as", "-o", "hang.o", "hang.s"], cwd=tmp_path, check=True)
     subprocess.run(["ld", "-N", "-Ttext=0x100000", "-o", kernel, "hang.o"], cwd=tmp_path, check=True)
-    done = vmrun("run", "--json", "--fresh", "--timeout", "3s", "--kernel", kernel, "--", "true")
+    return kernel
+
+
+def test_a_kernel_that_never_answers(hanging: Path) -> None:
+    done = vmrun("run", "--json", "--fresh", "--timeout", "3s", "--kernel", hanging, "--", "true")
     assert facts_of(done)["reason"] == "timed out after 3 s"
     assert done.returncode == 68
 
 
-HANG = ".global _start\n_start:\nhlt\njmp _start\n"
-
-
 def test_out_of_memory() -> None:
-    hog = "head -c 400m /dev/zero | tail >/dev/null"
-    done = vmrun("run", "--json", "--mem", "128M", "--", "sh", "-c", f"echo began; {hog}; exit $?")
+    # A page takes an interpreted kernel some milliseconds, so it gets few.
+    hog = "dd if=/dev/zero of=/dev/null bs=45M count=1"
+    done = vmrun("run", "--json", "--mem", "64M", "--", "sh", "-c", f"echo began; {hog}; exit $?")
     facts = facts_of(done)
     assert (done.returncode, done.stdout, facts["own"]) == (69, b"began\n", True), done.stderr
     assert "out of memory" in facts["reason"]
@@ -470,9 +474,9 @@ def test_a_killed_vmm_is_told(nothing_left: None) -> None:
     assert name not in runtime.running()
 
 
-def test_a_machine_without_an_agent(nothing_left: None) -> None:
+def test_a_machine_without_an_agent(nothing_left: None, hanging: Path) -> None:
     name = f"plain-{os.getpid()}"
-    assert vmrun("boot", "--detach", "--name", name).returncode == 0
+    assert vmrun("boot", "--kernel", hanging, "--detach", "--name", name).returncode == 0
     try:
         for words in (("exec", name, "--", "true"), ("cp", "/etc/passwd", f"{name}:/tmp/x")):
             done = vmrun(*words)
@@ -501,7 +505,7 @@ def test_many_runs_in_a_row(runtime_directory: Path, nothing_left: None) -> None
     for number in range(200):
         done = vmrun("run", "--", "sh", "-c", f"echo {number}; exit {number % 100}")
         assert (done.returncode, done.stdout) == (number % 100, f"{number}\n".encode()), done.stderr
-    assert logs(runtime_directory) == kept
+    assert logs(runtime_directory) <= kept
 
 
 @pytest.mark.slow
@@ -520,4 +524,4 @@ def test_many_runs_at_once(runtime_directory: Path, nothing_left: None) -> None:
     for number, process in enumerate(runs):
         output, _ = process.communicate(timeout=3000)
         assert (process.returncode, output) == (number, f"{number}\n".encode())
-    assert logs(runtime_directory) == kept
+    assert logs(runtime_directory) <= kept

@@ -97,7 +97,7 @@ def test_what_the_ended_left(capfd: pytest.CaptureFixture[str]) -> None:
     directory = runtime.claim("web")
     (directory.path / "console.log").write_text("printed")
     (directory.path / "vmm.log").write_text("said")
-    directory.release('{"code": 9, "reason": "it was time"}')
+    directory.release({"code": 9, "reason": "it was time"})
     assert cli.run(["wait", "web"]) == 9
     assert capfd.readouterr().err == "vmrun: it was time\n"
     assert cli.run(["log", "web"]) == cli.run(["log", "web", "--vmm"]) == 0

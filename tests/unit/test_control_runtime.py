@@ -1,6 +1,7 @@
 """Names and runtime directories: one machine a name, and nothing of the dead stays."""
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -88,6 +89,24 @@ def test_a_killed_process_leaves_nothing(base: Path) -> None:
     assert not (base / "web").exists()
 
 
+def test_what_the_guest_of_a_killed_process_printed_is_kept(base: Path) -> None:
+    program = (
+        "import os, signal\nfrom vmrun.control import runtime\n"
+        "runtime.claim('web').path.joinpath('console.log').write_text('alas')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert runtime.running() == {}
+    kept = runtime.ended("web")
+    assert kept is not None and (kept / "console.log").read_text() == "alas"
+    assert json.loads((kept / "outcome.json").read_text())["reason"] == "the machine's process was killed"
+    # Its owner knows better, or does not want it.
+    runtime.settle("web", {"code": 3, "reason": "it was time"})
+    assert json.loads((kept / "outcome.json").read_text())["code"] == 3
+    runtime.settle("web", None)
+    assert runtime.ended("web") is None
+
+
 def test_a_half_made_directory_is_stale(base: Path) -> None:
     (base / "web").mkdir(parents=True, mode=0o755)
     os.chmod(base, 0o700)
@@ -164,7 +183,7 @@ def test_what_is_kept_of_the_ended(base: Path) -> None:
     for number in range(runtime.MAX_ENDED + 3):
         directory = runtime.claim(f"vm{number}")
         (directory.path / "console.log").write_text(f"{number}")
-        directory.release("{}")
+        directory.release({})
     kept = [number for number in range(runtime.MAX_ENDED + 3) if runtime.ended(f"vm{number}")]
     assert kept == list(range(3, runtime.MAX_ENDED + 3))
     path = runtime.ended("vm5")

@@ -168,7 +168,7 @@ def run(
         timeline.write_text(report.timeline(phases))
         print(report.table(phases), file=sys.stderr)
     if json:
-        usage = {"cpu_seconds": made[0].cpu_seconds, "memory": made[0].memory_used} if made else {}
+        usage = {"cpu_seconds": made[0].cpu_seconds, "memory": made[0].peak_memory} if made else {}
         console = made[0].console_log if made and outcome.own else None
         print(report.describe(outcome, phases, usage, console), file=sys.stderr)
     return outcome.code

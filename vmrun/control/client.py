@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -124,10 +125,16 @@ class MachineClient:
 
     def snapshot(self, directory: Path, *, end: bool = False) -> "Saved":
         """Write a snapshot of the machine to `directory`, which must not exist. It is paused meanwhile, and
-        goes on, or is to `end`. Returns when the snapshot is there; that takes longer for more memory.
+        goes on, or is to `end`. Returns when the snapshot is there, which takes longer for more memory, and
+        the machine has ended if it is to.
         """
         path = os.fspath(directory.absolute())
+        waiting = self._send("wait") if end else None  # first, so that the end cannot be missed
         result = self._receive(self._send("snapshot", directory=path, end=end), None)
+        if waiting is not None:
+            # Only then are its disks free for a machine that is restored.
+            with suppress(MachineGone):
+                self._receive(waiting, None)
         return Saved(
             Path(path),
             int(result.get("memory", 0)),

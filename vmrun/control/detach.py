@@ -132,7 +132,8 @@ class Owned:
     ) -> None:
         self.pid = pid
         self.pidfd = pidfd
-        self.cpu_seconds = 0.0  # of the VMM and its workers, once it is closed
+        # Of the VMM and its workers, and of the VMM alone in bytes, once it is closed.
+        self.cpu_seconds, self.peak_memory = 0.0, 0
         self._reaper = reaper
         self.name = ""
         self._owner_fd = owner_fd
@@ -179,11 +180,11 @@ class Owned:
             self._pipe.close()
             if self.alive(END_SECONDS):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            if self._reaper is None:
-                _, _, usage = os.wait4(self.pid, 0)
-                self.cpu_seconds = usage.ru_utime + usage.ru_stime
-            else:
-                self._reaper.wait()
+            _, status, usage = os.wait4(self.pid, 0)
+            self.cpu_seconds = usage.ru_utime + usage.ru_stime
+            self.peak_memory = usage.ru_maxrss << 10  # getrusage(2) has KiB
+            if self._reaper is not None:
+                self._reaper.returncode = os.waitstatus_to_exitcode(status)
             os.close(self.pidfd)
 
     def __enter__(self) -> "Owned":

@@ -10,24 +10,27 @@ A machine is a process with a directory named like it in `base_directory()`:
     vmm.log       what a detached VMM says itself
 
 The kernel drops the lock with the process, whatever ends it, so a directory whose lock is free is stale, and
-the next command removes it. No process id is trusted for that: they are used again. Whoever claims a name or
-removes a directory holds `.lock` of the base directory meanwhile, so that no two do so at once.
+the next command clears it away. No process id is trusted for that: they are used again. Whoever claims a name
+or removes a directory holds `.lock` of the base directory meanwhile, so that no two do so at once.
 
-What a detached machine leaves is moved to `.ended/NAME`, so that `wait` and `log` still find it; the newest
-MAX_ENDED are kept.
+What a detached machine leaves is moved to `.ended/NAME`, so that `wait` and `log` still find it, and likewise
+what is stale; the newest MAX_ENDED are kept.
 """
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from vmrun.errors import UserError
+from vmrun.errors import EXIT_VMM, UserError
 
 LOCK = "lock"
 SOCKET = "control"
@@ -43,6 +46,7 @@ NAME_RULE = "1 to 63 letters, digits, '-', '_' and '.', and the first a letter o
 BASE_LOCK = ".lock"
 ENDED = ".ended"
 MAX_ENDED = 16
+KILLED = {"code": EXIT_VMM, "reason": "the machine's process was killed"}
 
 MAX_SOCKET_PATH = 107  # sizeof sockaddr_un.sun_path less the terminating zero, unix(7)
 
@@ -94,8 +98,8 @@ class RuntimeDirectory:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def release(self, outcome: str | None = None) -> None:
-        """Give the name back and remove the directory. With `outcome`, JSON, the logs are kept for those who
+    def release(self, outcome: dict[str, Any] | None = None) -> None:
+        """Give the name back and remove the directory. With `outcome` the logs are kept for those who
         ask later. A second call does nothing.
         """
         if self._lock_fd < 0:
@@ -163,9 +167,9 @@ def find(name: str) -> Path:
     raise not_found(name, list(names))
 
 
-def settle(name: str, outcome: str | None) -> None:
-    """Remove what the machine `name`, which has ended, left because it could not do so itself; with
-    `outcome`, JSON, its logs are kept.
+def settle(name: str, outcome: dict[str, Any] | None) -> None:
+    """Remove what the machine `name`, which has ended, left because it could not do so itself, or what
+    somebody kept of it who did not know why it ended; with `outcome` its logs are kept.
     """
     with _locked_base() as base:
         path = base / name
@@ -173,6 +177,11 @@ def settle(name: str, outcome: str | None) -> None:
             if outcome is not None:
                 _keep(base, path, outcome)
             shutil.rmtree(path, ignore_errors=True)
+        kept = base / ENDED / name
+        if outcome is not None and kept.is_dir():
+            (kept / OUTCOME).write_text(json.dumps(outcome))
+        elif outcome is None:
+            shutil.rmtree(kept, ignore_errors=True)
 
 
 def not_found(name: str, names: list[str]) -> UserError:
@@ -220,7 +229,7 @@ def _locked_base() -> Iterator[Path]:
 
 
 def _clean(base: Path) -> list[Path]:
-    """With the base locked: remove stale directories, return those of running machines in order."""
+    """With the base locked: clear stale directories away, return those of running machines in order."""
     living = []
     for path in sorted(base.iterdir()):
         if path.name.startswith("."):
@@ -228,6 +237,8 @@ def _clean(base: Path) -> list[Path]:
         if _is_held(path / LOCK):
             living.append(path)
         else:
+            if (path / CONSOLE_LOG).exists():
+                _keep(base, path, KILLED | {"time": time.time()})
             shutil.rmtree(path, ignore_errors=True)
     return living
 
@@ -266,10 +277,10 @@ def _invent(base: Path) -> str:
     return f"vm-{os.urandom(4).hex()}"
 
 
-def _keep(base: Path, path: Path, outcome: str) -> None:
+def _keep(base: Path, path: Path, outcome: dict[str, Any]) -> None:
     kept = base / ENDED
     kept.mkdir(mode=0o700, exist_ok=True)
-    (path / OUTCOME).write_text(outcome)
+    (path / OUTCOME).write_text(json.dumps(outcome))
     for unneeded in (SOCKET, AGENT, LOCK):
         (path / unneeded).unlink(missing_ok=True)
     shutil.rmtree(kept / path.name, ignore_errors=True)

@@ -84,7 +84,7 @@ def run(
             if confined:
                 directory.abandon()
             kept = {"code": code, "reason": reason, "time": time.time()}
-            directory.release(json.dumps(kept) if starter is not None else None)
+            directory.release(kept if starter is not None else None)
             if server is not None:
                 server.finish(code, reason)
 

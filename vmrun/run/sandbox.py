@@ -9,7 +9,6 @@ nothing. Methods may be called from any thread.
 """
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -195,8 +194,6 @@ class Sandbox:
     ) -> None:
         self._limits = limits
         self.image_config = image_config
-        # Of the host's, once it is closed: seconds of its CPUs (when it was forked), bytes of its memory.
-        self.cpu_seconds, self.memory_used = 0.0, 0
         self._start = start
         self.keep_logs = False
         self._kept: list[_Kept] = []
@@ -266,9 +263,7 @@ class Sandbox:
         if not self.name:
             return
         # A confined machine cannot remove its own.
-        runtime.settle(self.name, "{}" if self.keep_logs else None)
-        if not self.keep_logs:
-            shutil.rmtree(log_directories(self.name)[1], ignore_errors=True)
+        runtime.settle(self.name, {} if self.keep_logs else None)
 
     def run(
         self,
@@ -381,17 +376,18 @@ class Sandbox:
         with self._closing:
             if self._closed:
                 return
-            self.memory_used = self._memory_used()
             self._closed = True
             self._stack.close()
-            self.cpu_seconds = self._owned.cpu_seconds
 
-    def _memory_used(self) -> int:
-        try:
-            with MachineClient(self.name, timeout=1.0) as machine:
-                return machine.status().memory_used
-        except UserError:
-            return 0
+    @property
+    def cpu_seconds(self) -> float:
+        """What the machine took of the host's processors, once it is closed."""
+        return self._owned.cpu_seconds
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes of the host's memory that the VMM had, the guest's included, once it is closed."""
+        return self._owned.peak_memory
 
     def __enter__(self) -> "Sandbox":
         return self

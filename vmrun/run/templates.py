@@ -8,7 +8,6 @@ and the old one is only a directory that `vmrun template rm` removes. Nothing of
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -224,7 +223,7 @@ def _settle(machine: MachineClient) -> None:
 
 def _forget_logs(owned: "Owned") -> None:
     if owned.name:
-        shutil.rmtree(runtime.base_directory() / runtime.ENDED / owned.name, ignore_errors=True)
+        runtime.settle(owned.name, None)
 
 
 @contextmanager
