@@ -201,6 +201,15 @@ def test_dropped_option_is_an_error(tmp_path: Path) -> None:
         kernel._check_configuration(configuration)
 
 
+def test_ticks_are_set_or_missed(tmp_path: Path) -> None:
+    choices = tmp_path / "Kconfig.hz"
+    choices.write_text("config HZ\n\tint\n\tdefault 100 if HZ_100\n\tdefault 250 if HZ_250\n")
+    kernel._set_ticks(choices)
+    assert choices.read_text() == "config HZ\n\tint\n\tdefault 25 if HZ_100\n\tdefault 250 if HZ_250\n"
+    with pytest.raises(UserError, match="no choice of 100 ticks"):
+        kernel._set_ticks(choices)
+
+
 def test_lines_tell_steps_and_share() -> None:
     out = io.StringIO()
     lines = Lines(out, every=0.0)

@@ -23,6 +23,10 @@ _ENVIRONMENT = {
 # gcc expands memset in rarely run functions to REP STOSB, a step for each byte where the kernel is
 # interpreted. The kernel's own memset clears 64 bytes in eleven instructions: a million steps less for .bss.
 _COMPILER_FLAGS = "-mstringop-strategy=libcall"
+# Ticks a second. A tick is some 3,000 instructions, so where the kernel is interpreted the least that Kconfig
+# offers, 100, is a third of a processor, also while a program computes. The kernel's code is good for 12 and
+# more (include/linux/jiffies.h); timers that matter have high resolution and do not wait for ticks.
+_HZ = 25
 # What `make vmlinux` printed for the fragment when it was last counted; only progress depends on it.
 _BUILD_LINES = 1430
 # Most of the tree is for other machines. Kconfig reads every Kconfig file, and those stay.
@@ -46,6 +50,7 @@ def build(into: Path, source: Path, progress: Progress) -> None:
     exclude = [f"--exclude=linux-source-*/{pattern}" for pattern in _LEFT_OUT]
     host.run(["tar", "-xf", source, "--strip-components=1", "--wildcards", *exclude], tree)
     progress.step("configuring the kernel")
+    _set_ticks(tree / "kernel" / "Kconfig.hz")
     make: list[str | Path] = ["make", f"O={objects}", f"-j{len(os.sched_getaffinity(0))}"]
     host.run([*make, f"KCONFIG_ALLCONFIG={FRAGMENT}", "allnoconfig"], tree, _ENVIRONMENT)
     _check_configuration(objects / ".config")
@@ -61,11 +66,21 @@ def build(into: Path, source: Path, progress: Progress) -> None:
     shutil.rmtree(work)
 
 
+def _set_ticks(choices: Path) -> None:
+    """Let "100 ticks a second" mean `_HZ`."""
+    text = choices.read_text()
+    slower = text.replace("default 100 if HZ_100", f"default {_HZ} if HZ_100")
+    if slower == text:
+        raise UserError(f"this kernel source's {choices.name} has no choice of 100 ticks a second", EXIT_VMM)
+    choices.write_text(slower)
+
+
 def inputs() -> list[str]:
     """What the kernel is made from besides its source; comments do not count."""
     lines = FRAGMENT.read_text().splitlines()
     wishes = [line for line in lines if line.startswith(("CONFIG_", "# CONFIG_"))]
-    return [*wishes, _COMPILER_FLAGS, *(f"{name}={value}" for name, value in _ENVIRONMENT.items())]
+    environment = [f"{name}={value}" for name, value in _ENVIRONMENT.items()]
+    return [*wishes, _COMPILER_FLAGS, f"HZ={_HZ}", *environment]
 
 
 def _check_configuration(configuration: Path) -> None:
