@@ -69,6 +69,10 @@ def boot(
 ) -> int:
     """Start a machine, on this terminal or in the background (-d).
 
+    \b
+      vmrun boot --disk x.qcow2 --nic tap0
+      vmrun boot -d --name web --disk x.qcow2 --nic user --mem 1G
+
     On a terminal, Ctrl-A x stops the machine, Ctrl-A Ctrl-A sends a Ctrl-A, Ctrl-A h is help. A comma inside
     a path is written twice. Exit codes: see docs/guide.md.
     """
@@ -93,10 +97,11 @@ def boot(
         raise UserError(f"--cdrom {cdrom}: no such file", EXIT_IMAGE)
     seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
 
-    from vmrun.control import session  # only now: a mistake in the options needs no KVM
-
     if detach:
         return _boot_detached(config, name, seconds)
+
+    from vmrun.control import session  # only now: a mistake in the options needs no KVM
+
     with Console() as console:
         outcome = session.run(config, name=name, timeout=seconds, console=console)
     if outcome.code:
@@ -106,9 +111,11 @@ def boot(
 
 def _boot_detached(config: "MachineConfig", name: str | None, timeout: float | None) -> int:
     from vmrun.cli import one_line
-    from vmrun.control import detach, session
+    from vmrun.control import detach
 
     def vmm(starter: detach.Detached) -> tuple[int, str]:
+        from vmrun.control import session  # only now: what is imported makes a fork slow
+
         outcome = session.run(config, name=name, timeout=timeout, starter=starter)
         return outcome.code, outcome.reason
 

@@ -114,7 +114,9 @@ class _Attached:
 def log(
     name: Name,
     follow: Annotated[bool, Option("--follow", "-f", help="Go on with what it prints next.")] = False,
-    vmm: Annotated[bool, Option("--vmm", help="What a detached vmrun said itself.")] = False,
+    vmm: Annotated[
+        bool, Option("--vmm", help="What vmrun itself said, of a machine started with -d.")
+    ] = False,
 ) -> int:
     """Print what a machine has printed.
 

@@ -28,7 +28,7 @@ Format = Annotated[
 AsJson = Annotated[bool, Option("--json", help="Print JSON, with qemu-img's keys.")]
 ClusterSize = Annotated[
     str | None,
-    Option("--cluster-size", metavar="SIZE", help="Of qcow2: 512 bytes to 2M; 64K if not given."),
+    Option("--cluster-size", metavar="SIZE", help="Of qcow2: 512 bytes (0.5K) to 2M; 64K if not given."),
 ]
 
 
@@ -36,7 +36,9 @@ def create(
     path: Image,
     size: Annotated[
         str | None,
-        Option("--size", "-s", metavar="SIZE", help="As in 512M or 20G; an overlay's base has one."),
+        Option(
+            "--size", "-s", metavar="SIZE", help="As in 512M or 20G; an overlay has its base's if not given."
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -53,7 +55,12 @@ def create(
     fmt: Format = None,
     cluster_size: ClusterSize = None,
 ) -> int:
-    """Make an empty image, or an overlay over another."""
+    """Make an empty image, or an overlay over another.
+
+    \b
+      vmrun disk create --size 20G x.qcow2
+      vmrun disk create --backing base.qcow2 over.qcow2
+    """
     from vmrun.cli.options import parse_size
     from vmrun.disk.create import create
 

@@ -20,7 +20,8 @@ def exec(
     name: Annotated[str, Argument(metavar="NAME", help="The machine.")],
     command: Annotated[list[str], Argument(metavar="-- COMMAND...", help="What to run.")],
     env: Annotated[
-        list[str] | None, Option("--env", "-e", metavar="K=V", help="Environment; K alone passes ours on.")
+        list[str] | None,
+        Option("--env", "-e", metavar="K=V", help="Set a variable; K alone passes yours on. Repeatable."),
     ] = None,
     workdir: Annotated[
         str | None, Option("--workdir", "-w", metavar="DIRECTORY", help="Where in the guest it runs.")
@@ -31,9 +32,16 @@ def exec(
     timeout: Annotated[
         str | None, Option(metavar="TIME", help="End it after this long, as in 90s: exit code 68.")
     ] = None,
-    terminal: Annotated[bool, Option("--terminal", "-t", help="Give it a terminal: yours.")] = False,
+    terminal: Annotated[bool, Option("--terminal", "-t", help="Give it your terminal.")] = False,
 ) -> int:
-    """Run a command in a running machine, with its exit code."""
+    """Run a command in a running machine, with its exit code.
+
+    \b
+      vmrun exec web -- uname -a
+      vmrun exec -w /srv -u www-data web -- ls -l
+
+    The guest must have our agent, as machines of the guest kit have.
+    """
     from vmrun.cli import options
     from vmrun.run import command as commands
 
@@ -49,7 +57,7 @@ def shell(
         str | None, Option("--user", "-u", metavar="USER[:GROUP]", help="Who it runs as. Default: root.")
     ] = None,
 ) -> int:
-    """Open a shell in a running machine, on this terminal."""
+    """Open a shell in a running machine, on this terminal. The guest must have our agent."""
     from vmrun.run import command as commands
 
     return _run(name, commands.Command(("/bin/sh", "-l"), user=user, tty=True), None)
@@ -59,7 +67,14 @@ def cp(
     source: Annotated[str, Argument(metavar="FROM", help="A path here, or NAME:PATH in a machine.")],
     target: Annotated[str, Argument(metavar="TO", help="The other of the two.")],
 ) -> int:
-    """Copy files and directories into a running machine, or out of it."""
+    """Copy files and directories into a running machine, or out of it.
+
+    \b
+      vmrun cp src web:/root/src
+      vmrun cp web:/var/log/messages .
+
+    The guest must have our agent.
+    """
     from vmrun.agent.files import Limits
     from vmrun.agent.protocol import AgentError
 

@@ -8,7 +8,7 @@ from vmrun.errors import EXIT_IMAGE, UserError
 if TYPE_CHECKING:
     from vmrun.guestkit.kit import GuestKit
 
-HELP = "The guest kit: a small Linux of our own."
+HELP = "The guest kit: a small Linux, which `vmrun run` needs."
 FILES = ("kernel", "initramfs", "disk")
 
 
@@ -30,7 +30,9 @@ def build() -> int:
 
 
 def path(
-    what: Annotated[str, Argument(metavar="[kernel|initramfs|disk]", help="Which file.")] = "kernel",
+    what: Annotated[
+        str, Argument(metavar="kernel|initramfs|disk", help="Which file; kernel if not given.")
+    ] = "kernel",
 ) -> int:
     """Print the path of one file of the guest kit, for scripts."""
     if what not in FILES:

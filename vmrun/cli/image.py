@@ -3,6 +3,7 @@
 User side of the VMM process.
 """
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 HELP = "Images for --image: convert ahead of a run, list, remove."
 
 Spec = Annotated[
-    str, Argument(metavar="IMAGE", help="A directory, disk, OCI layout, docker save tar or root tar; kit.")
+    str, Argument(metavar="IMAGE", help="A directory, disk, OCI layout, `docker save` or root tar, or kit.")
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 
@@ -25,12 +26,14 @@ def convert(
     disk_size: Annotated[
         str | None,
         Option(
-            "--disk-size", metavar="SIZE", help="Of the disk; content and half of it, at least 512M more."
+            "--disk-size",
+            metavar="SIZE",
+            help="Of the disk. Default: the files, and half as much, or 512M, for writes.",
         ),
     ] = None,
     max_size: Annotated[
         str | None,
-        Option("--max-size", metavar="SIZE", help="Refuse more files than this; 32G if not given."),
+        Option("--max-size", metavar="SIZE", help="Refuse more bytes in all; 32G if not given."),
     ] = None,
     max_entries: Annotated[
         int | None, Option("--max-entries", metavar="NUMBER", help="Refuse more files; 1000000 if not given.")
@@ -44,7 +47,10 @@ def convert(
         Option("--max-metadata", metavar="SIZE", help="Refuse more names and attributes; 512M if not given."),
     ] = None,
 ) -> int:
-    """Convert an image to a disk in the cache, unless it is there, and print the path of the disk."""
+    """Convert an image to a disk in the cache, and print its path.
+
+    One that is there already is not made again.
+    """
     from vmrun.cli.options import parse_size
     from vmrun.cli.progress import progress
     from vmrun.image import Limits, resolve
@@ -66,7 +72,7 @@ def convert(
 
 
 def inspect(image: Spec, as_json: AsJson = False) -> int:
-    """Tell what an image is and how it wants to be run; converts it first."""
+    """Tell what an image is, and what it says of how to run it. Converts it first."""
     from vmrun.cli.progress import progress
     from vmrun.image import resolve
 
@@ -104,6 +110,8 @@ def list_images(as_json: AsJson = False) -> int:
         ]
         _print_json(rows)
         return 0
+    if not images:
+        print("no images: `vmrun image convert` or the first `vmrun run --image` makes one", file=sys.stderr)
     for cached in images:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(cached.last_used))
         mark = "in use" if cached.in_use else ""

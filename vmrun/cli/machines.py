@@ -53,7 +53,9 @@ def inspect(name: Name) -> int:
 
 
 def top(
-    interval: Annotated[str, Option("--interval", metavar="TIME", help="Between two looks.")] = "1s",
+    interval: Annotated[
+        str, Option("--interval", metavar="TIME", help="How often to look, as in 2s.")
+    ] = "1s",
 ) -> int:
     """Watch the machines that run: q leaves. Prints once when the output is no terminal."""
     from vmrun.cli.options import parse_duration
@@ -65,7 +67,9 @@ def top(
 
 def wait(
     name: Name,
-    timeout: Annotated[str | None, Option(metavar="TIME", help="Give up after this long.")] = None,
+    timeout: Annotated[
+        str | None, Option(metavar="TIME", help="Give up after this long, as in 90s: exit code 68.")
+    ] = None,
 ) -> int:
     """Wait until a machine has ended, and exit with its code."""
     from vmrun.cli.options import parse_duration
@@ -88,7 +92,7 @@ def wait(
                 raise
             return _tell(ending)
         except TimeoutError:
-            raise UserError(f"machine {name} has not ended within {timeout}", EXIT_TIMEOUT) from None
+            raise UserError(f"machine {name} has not ended within {seconds:g} s", EXIT_TIMEOUT) from None
 
 
 def _tell(ending: "Ending") -> int:

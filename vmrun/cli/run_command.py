@@ -23,22 +23,26 @@ CONSOLE_LINES = 20  # are shown of a machine that ended unasked
 
 def run(
     command: Annotated[
-        list[str] | None, Argument(metavar="-- COMMAND...", help="What to run; else what the image says.")
+        list[str] | None,
+        Argument(metavar="-- COMMAND...", help="What to run; if not given, what the image says."),
     ] = None,
     image: Annotated[
         str,
-        Option(metavar="IMAGE", help="A directory, disk, OCI layout, or tar. Default: the guest kit's root."),
+        Option(metavar="IMAGE", help="A directory, disk, OCI layout or tar; kit is the guest kit's root."),
     ] = "kit",
     kernel: Annotated[
         list[Path] | None,
         Option(
-            "--kernel", metavar="FILE", help="bzImage or vmlinux, not the kit's. Repeated: a run with each."
+            "--kernel",
+            metavar="FILE",
+            help="A bzImage or vmlinux instead of the kit's. Repeated: a run with each.",
         ),
     ] = None,
     mem: Annotated[str, Option("--mem", metavar="SIZE", help="Memory, as in 512M or 2G.")] = "512M",
     cpus: Annotated[int, Option("--cpus", metavar="N", help="How many vCPUs.")] = 1,
     env: Annotated[
-        list[str] | None, Option("--env", "-e", metavar="K=V", help="Environment; K alone passes ours on.")
+        list[str] | None,
+        Option("--env", "-e", metavar="K=V", help="Set a variable; K alone passes yours on. Repeatable."),
     ] = None,
     workdir: Annotated[
         str | None, Option("--workdir", "-w", metavar="DIRECTORY", help="Where in the guest it runs.")
@@ -54,14 +58,18 @@ def run(
         list[str] | None, Option("--copy-out", metavar="GUEST:HOST", help="Copy after it ran. Repeatable.")
     ] = None,
     disk: Annotated[
-        list[str] | None, Option("--disk", metavar="PATH[,...]", help="As for boot: /dev/vdb and so on.")
+        list[str] | None,
+        Option("--disk", metavar="PATH[,...]", help="A disk as for boot, from /dev/vdb on. Repeatable."),
     ] = None,
     mount: Annotated[
         list[str] | None,
         Option("--mount", metavar="HOST:GUEST[:ro]", help="Share a directory, live (virtiofsd). Repeatable."),
     ] = None,
     net: Annotated[
-        str, Option("--net", metavar="none|user|NIC", help="Network: none, user (passt), or as boot's --nic.")
+        str,
+        Option(
+            "--net", metavar="none|user|NIC", help="No network, one through passt, or a card as for boot."
+        ),
     ] = "none",
     allow_host: Annotated[
         list[str] | None,
@@ -71,28 +79,33 @@ def run(
         bool, Option("--allow-private", help="With --net user: private networks too.")
     ] = False,
     quota: Annotated[
-        str, Option("--quota", metavar="SIZE", help="How much it may write over the image's disk.")
+        str, Option("--quota", metavar="SIZE", help="How much it may write to its root.")
     ] = "10G",
     timeout: Annotated[
         str | None, Option(metavar="TIME", help="End it after this long, as in 90s: exit code 68.")
     ] = None,
-    terminal: Annotated[bool, Option("--terminal", "-t", help="Give it a terminal: yours.")] = False,
-    fresh: Annotated[bool, Option("--fresh", help="Boot; use no template.")] = False,
+    terminal: Annotated[bool, Option("--terminal", "-t", help="Give it your terminal.")] = False,
+    fresh: Annotated[bool, Option("--fresh", help="Boot a machine; use and make no template.")] = False,
     keep: Annotated[
         Path | None, Option("--keep", metavar="DIRECTORY", help="Save the machine there afterwards.")
     ] = None,
     json: Annotated[
-        bool, Option("--json", help="Write what it was like as the last line on stderr, in JSON.")
+        bool, Option("--json", help="Describe the run in JSON, as the last line on stderr.")
     ] = False,
     timeline: Annotated[
-        Path | None, Option(metavar="FILE", help="Draw how long each phase took (SVG), and print a table.")
+        Path | None, Option(metavar="FILE", help="Draw how long each phase took (SVG); a table on stderr.")
     ] = None,
 ) -> int:
     """Run a command in a throw-away machine, with its exit code.
 
-    The first run with an image, kernel and size boots a machine and saves it; later ones begin there. Nothing
-    the command does stays, but what --copy-out and --keep say. Codes of vmrun's own: 64 usage, 65 no KVM, 66
-    image, 67 guest panic, 68 timeout, 69 guest out of memory, 70 vmrun or host.
+    \b
+      vmrun run -- uname -a
+      vmrun run -t -- sh
+      vmrun run --image debian.tar --copy-in src:/src -w /src -- make check
+
+    The first run with an image, kernel and size boots a machine and saves it; later ones begin there. What
+    the command writes is thrown away, but for --copy-out, --keep, --disk and --mount. Codes of vmrun's own:
+    64 usage, 65 no KVM, 66 image, 67 guest panic, 68 timeout, 69 guest out of memory, 70 vmrun or host.
     """
     from vmrun.cli import options
     from vmrun.run.phases import Phases
@@ -201,6 +214,7 @@ def _use(
     deadline: float,
     timeout: float | None,
 ) -> "Outcome":
+    from vmrun.agent.files import StreamError
     from vmrun.agent.protocol import AgentError
     from vmrun.control.client import MachineClient
     from vmrun.run import command
@@ -219,7 +233,10 @@ def _use(
                 _tell_left_out(sandbox.copy_out(guest, host).left_out)
         except (AgentError, OSError) as error:
             if not outcome.code:
-                raise
+                if isinstance(error, OSError | StreamError):
+                    raise
+                # The guest's own answer: what was named is not there, or is nothing to copy.
+                raise UserError(str(error)) from None
             # Why the command failed is why its file is not there.
             print(f"vmrun: {error}", file=sys.stderr)
     if keep is not None:

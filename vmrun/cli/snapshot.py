@@ -3,6 +3,7 @@ side of the VMM process.
 """
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +11,11 @@ from vmrun.cli.declare import Argument, Option
 from vmrun.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vmrun.control.detach import Detached
-    from vmrun.machine.config import MachineConfig, NicConfig
+    from vmrun.machine.config import NicConfig
+    from vmrun.machine.machine import Outcome
     from vmrun.snapshot.restore import Snapshot
 
 MAX_CLONES = 256
@@ -42,7 +46,9 @@ def restore(
     name: Annotated[str | None, Option(metavar="NAME", help="What other commands call it.")] = None,
     disk: Annotated[
         list[Path] | None,
-        Option("--disk", metavar="PATH", help="Where a disk was moved to; all or none. Repeatable."),
+        Option(
+            "--disk", metavar="PATH", help="Where a disk was moved to: all, in order, or none. Repeatable."
+        ),
     ] = None,
     nic: Annotated[
         list[str] | None,
@@ -67,23 +73,33 @@ def restore(
 
     What the guest writes goes to a new overlay beside each of its disks' images; the snapshot stays as it is.
     """
-    from vmrun.cli import options
-    from vmrun.snapshot.restore import Snapshot
+    nics: tuple[NicConfig, ...] = ()
+    seconds: float | None = None
+    if nic or timeout is not None:
+        from vmrun.cli import options
 
-    nics = tuple(options.parse_nic(text) for text in nic or ())
-    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
-    with Snapshot(directory, hold=paused, prefetch=prefetch) as saved:
-        if verify:
-            saved.memory.verify_all()
-        config = saved.config(disks=tuple(disk or ()), nics=nics, throw_away=throw_away)
-        if detach:
-            print(_start(saved, config, name, seconds))
-            return 0
+        nics = tuple(options.parse_nic(text) for text in nic or ())
+        seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+
+    def run(starter: "Detached | None" = None) -> "Outcome":
         from vmrun.control import session
         from vmrun.host.console import Console
+        from vmrun.snapshot.restore import Snapshot
 
-        with Console() as console:
-            outcome = session.run(config, name=name, timeout=seconds, console=console, saved=saved)
+        with Snapshot(directory, hold=paused, prefetch=prefetch) as saved:
+            if verify:
+                saved.memory.verify_all()
+            config = saved.config(disks=tuple(disk or ()), nics=nics, throw_away=throw_away)
+            with Console() if starter is None else nullcontext() as console:
+                return session.run(
+                    config, name=name, timeout=seconds, console=console, starter=starter, saved=saved
+                )
+
+    if detach:
+        # The fork comes first: it costs the more the more is imported.
+        print(_start(run))
+        return 0
+    outcome = run()
     if outcome.code:
         print(f"vmrun: {outcome.reason}", file=sys.stderr)
     return outcome.code
@@ -117,16 +133,30 @@ def clone(
     MACs, and holds only the memory that it touches. Prints their names.
     """
     from vmrun.cli import options
+    from vmrun.control import session
+    from vmrun.host.overlays import close_overlays
     from vmrun.snapshot.restore import Snapshot
 
     if not 1 <= count <= MAX_CLONES:
         raise UserError(f"-n {count}: give 1 to {MAX_CLONES}")
     seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+
+    def start(saved: Snapshot, number: int) -> str:
+        nics = _clone_nics(saved, nic or [], number)
+        config = saved.config(nics=nics, throw_away=not keep)
+        own = f"{name}-{number}" if name else None
+
+        def run(starter: "Detached") -> "Outcome":
+            return session.run(config, name=own, timeout=seconds, starter=starter, saved=saved)
+
+        try:
+            return _start(run)
+        finally:
+            close_overlays(config.disks)  # the machine's process has its own
+
     with Snapshot(directory, hold=paused) as saved:
         for number in range(1, count + 1):
-            nics = _clone_nics(saved, nic or [], number)
-            config = saved.config(nics=nics, throw_away=not keep)
-            print(_start(saved, config, f"{name}-{number}" if name else None, seconds), flush=True)
+            print(start(saved, number), flush=True)
     return 0
 
 
@@ -148,16 +178,12 @@ def _clone_nics(saved: "Snapshot", given: list[str], number: int) -> "tuple[NicC
     return tuple(nic if nic.mac is not None else replace(nic, mac=random_mac()) for nic in nics)
 
 
-def _start(saved: "Snapshot", config: "MachineConfig", name: str | None, timeout: float | None) -> str:
+def _start(run: "Callable[[Detached], Outcome]") -> str:
     from vmrun.cli import one_line
-    from vmrun.control import detach, session
-    from vmrun.host.overlays import close_overlays
+    from vmrun.control import detach
 
     def vmm(starter: "Detached") -> tuple[int, str]:
-        outcome = session.run(config, name=name, timeout=timeout, starter=starter, saved=saved)
+        outcome = run(starter)
         return outcome.code, outcome.reason
 
-    try:
-        return detach.start(vmm, one_line)
-    finally:
-        close_overlays(config.disks)  # the machine's process has its own
+    return detach.start(vmm, one_line)

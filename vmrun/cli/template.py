@@ -54,7 +54,7 @@ def build(
     mem: Annotated[str, Option("--mem", metavar="SIZE", help="As for `vmrun run`.")] = "512M",
     cpus: Annotated[int, Option("--cpus", metavar="N", help="As for `vmrun run`.")] = 1,
 ) -> int:
-    """Make a template before it is needed, with the options of the runs to come. Prints its name."""
+    """Make a template ahead of the first run. Give the options of the runs to come. Prints its name."""
     from vmrun.cli import options
     from vmrun.cli.progress import progress
     from vmrun.image import resolve

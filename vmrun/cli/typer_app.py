@@ -3,6 +3,7 @@ User side of the VMM process.
 """
 
 import inspect
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,15 @@ from vmrun.cli import app, print_version
 from vmrun.cli.declare import Argument, Command, Parameter, parameters
 from vmrun.errors import UserError
 
+HELP = """Run commands and whole disks in virtual machines of their own, on Linux/KVM.
+
+\b
+  vmrun run -- uname -a
+  vmrun boot --disk x.qcow2 --nic tap0
+
+`vmrun COMMAND --help` tells more of each.
+"""
+
 # Typer brings its own copy of click in newer versions and uses the real one in older ones; either way this is
 # the base class of what is wrong with a command line.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -18,10 +28,27 @@ ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 class OneCommand(typer.core.TyperCommand):
     """A command whose errors say where its help is, and whose options are given once if they hold one value:
-    click would take the last without a word.
+    click would take the last without a word. Its help calls values what their metavars say, without types.
     """
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return ["[OPTIONS]", *(_usage(each) for each in self._parameters(ctx) if _is_argument(each))]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        declared = self._parameters(ctx)
+        arguments = [(each.metavar, each.help or "") for each in declared if _is_argument(each)]
+        options = [each.get_help_record(ctx) for each in declared if not _is_argument(each)]
+        for heading, rows in (("Arguments", arguments), ("Options", options)):
+            if rows:
+                with formatter.section(heading):
+                    formatter.write_dl(rows)
+
+    def _parameters(self, ctx: Any) -> list[Any]:
+        """Of click's classes, which Typer has in more than one place."""
+        return [*self.get_params(ctx)]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        meant = self._with_dashes(ctx, args)
         try:
             given: list[Any] = [*self.make_parser(ctx).parse_args(args=list(args))[2]]
             for index, what in enumerate(given):
@@ -30,9 +57,37 @@ class OneCommand(typer.core.TyperCommand):
                     raise UserError(f"{what.opts[0]} may be given once (see {ctx.command_path} --help)")
             return super().parse_args(ctx, args)
         except ClickException as error:
+            if meant is not None:
+                text = _sentence(error)
+                raise UserError(f"{text}: a command with options goes after --: {meant}") from None
             if getattr(error, "ctx", None) is None:
                 error.ctx = ctx  # type: ignore[attr-defined]
             raise
+
+    def _with_dashes(self, ctx: Any, args: list[str]) -> str | None:
+        """The command line with the `--` that was left out before a command with options of its own; None
+        when none was.
+        """
+        declared = self._parameters(ctx)
+        arguments = [each for each in declared if _is_argument(each)]
+        if not arguments or not arguments[-1].metavar.startswith("-- ") or "--" in args:
+            return None
+        takes_value = {
+            name for each in declared if each not in arguments and not each.is_flag for name in each.opts
+        }
+        before = len(arguments) - 1
+        index = 0
+        while index < len(args):
+            if args[index].startswith("-"):
+                index += args[index] in takes_value
+            elif before:
+                before -= 1
+            else:
+                break
+            index += 1
+        if not any(word.startswith("-") for word in args[index:]):
+            return None
+        return f"{ctx.command_path} {shlex.join([*args[:index], '--', *args[index:]])}"
 
 
 class GroupedCommands(typer.core.TyperGroup):
@@ -73,7 +128,7 @@ def application() -> Any:
     top = typer.Typer(
         name="vmrun",
         cls=GroupedCommands,
-        help="Run microVMs on Linux/KVM: real disks and taps, a sandboxed process for each.",
+        help=HELP,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,
@@ -149,7 +204,22 @@ def _annotation(parameter: Parameter) -> Any:
 
 def _usage_message(error: Exception) -> str:
     """One line for what is wrong with the command line, and where to look."""
-    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "vmrun"
-    return f"{' '.join(text.split()).rstrip('.')} (see {path} --help)"
+    return f"{_sentence(error)} (see {path} --help)"
+
+
+def _sentence(error: Exception) -> str:
+    text: str = error.format_message() if hasattr(error, "format_message") else str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _is_argument(parameter: Any) -> bool:
+    return bool(parameter.param_type_name == "argument")
+
+
+def _usage(argument: Any) -> str:
+    name: str = argument.metavar
+    if argument.nargs != 1 and not name.endswith("..."):
+        name += "..."
+    return name if argument.required else f"[{name}]"

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vmrun.control.machine_entry import MachineEntry
     from vmrun.control.machine_file import MachineFile
 
-File = Annotated[Path, Argument(metavar="FILE", help="The machine file.")]
+File = Annotated[Path, Argument(metavar="FILE", help="The machine file; vm.toml if not given.")]
 Names = Annotated[
-    list[str] | None, Argument(metavar="NAME", help="Only these machines, also those without autostart.")
+    list[str] | None, Argument(metavar="NAME", help="Only these machines; also those with autostart = false.")
 ]
 
 
@@ -31,7 +31,7 @@ def up(
 ) -> int:
     """Start the machines of a TOML file.
 
-    Those that run already are left alone. FILE is vm.toml if not given.
+    Those that run already are left alone.
     """
     from vmrun.control import machine_file
 
@@ -50,8 +50,7 @@ def down(
 ) -> int:
     """Stop the machines of a TOML file.
 
-    Returns when they have ended, and removes the bridges that were made for them. FILE is vm.toml if not
-    given.
+    Returns when they have ended, and removes the bridges that were made for them.
     """
 
     def work() -> int:

@@ -19,7 +19,13 @@ Socket = Annotated[Path, Option(metavar="PATH", help="The UNIX socket to listen 
 
 def blk(
     socket: Socket,
-    disk: Annotated[str, Option(metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]")],
+    disk: Annotated[
+        str,
+        Option(
+            metavar="PATH[,ro][,format=raw|qcow2][,serial=TEXT][,backing=DIRECTORY]",
+            help="The disk, as for `vmrun boot`.",
+        ),
+    ],
 ) -> int:
     """Serve one disk to one VMM, until it closes the connection."""
     from vmrun.cli.options import parse_disk
@@ -33,7 +39,11 @@ def blk(
 def net(
     socket: Socket,
     nic: Annotated[
-        str, Option(metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local]")
+        str,
+        Option(
+            metavar="TAP[,mac=MAC][,ip=ADDRESS/PREFIX][,bridge=NAME][,mtu=N][,locked][,local]",
+            help="The card, as for `vmrun boot`.",
+        ),
     ],
 ) -> int:
     """Serve one tap to one VMM, until it closes the connection."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_VMM, UserError
 from vmrun.guestkit import cache
-from vmrun.guestkit.progress import Progress
+from vmrun.guestkit.progress import Progress, waiting
 from vmrun.host.check import cpu_flags, kvm_flavour
 from vmrun.image.config import Image
 from vmrun.machine.config_json import describe_config
@@ -153,9 +153,8 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
         return found
 
     def make(into: Path) -> None:
-        progress.step("making a template: the first run with this image, kernel and size boots a machine")
         began = time.monotonic()
-        _make(into, spec, image, parts)
+        _make(into, spec, image, parts, tell)
         facts = {
             "image": spec.image if spec.image == "kit" else os.path.abspath(spec.image),
             "kernel": os.fspath(spec.kernel) if spec.kernel is not None else "kit",
@@ -168,7 +167,9 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
         }
         (into / FACTS).write_text(json.dumps(facts))
 
-    path = cache.find_or_make(PREFIX + name, make)
+    progress.step("making a template for later runs")
+    with waiting(progress, "another run makes it") as tell:
+        path = cache.find_or_make(PREFIX + name, make)
     made = _open(path)
     if made is None:
         raise UserError(f"{path}: damaged: remove it", EXIT_VMM)
@@ -179,15 +180,19 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
     return made
 
 
-def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts) -> None:
+def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, tell: Callable[[str], None]) -> None:
+    """Calls `tell` with what is being done, for people."""
+    tell("starting a machine")
     with ExitStack() as stack:
         # Not by a fork: whoever makes templates may have threads, if only for a progress bar.
         owned = vmm.spawn(vmm.VmmRequest(config=machine_config(spec, image, parts)))
         stack.callback(_forget_logs, owned)
         stack.enter_context(owned)
         owned.wait_until_running()
+        tell("booting")
         with _ended_instead(owned):
             session = stack.enter_context(connect(owned, BOOT_SECONDS))
+            tell("trying commands")
             session.sync()
             # So that the first command finds in memory what every command needs.
             _warm_up(session)
@@ -196,6 +201,7 @@ def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts) -> None:
             session.close()
             with MachineClient(owned.name) as machine:
                 _settle(machine)
+                tell("saving")
                 machine.snapshot(into / SNAPSHOT, end=True)
 
 
