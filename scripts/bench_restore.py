@@ -40,13 +40,14 @@ VMRUN = Path(sys.executable).with_name("vmrun")
 
 # Each phase adds to the one before; the last is `vmrun restore` to its guest's first byte.
 EXIT = "import os; os._exit(0)"
+LATE = "from vmrun.cli import late; late.delay('inspect')"
 MODULES = (
-    *("ctypes", "dataclasses", "fcntl", "hashlib", "json", "mmap", "pathlib", "queue", "selectors", "shutil"),
+    *("ctypes", "dataclasses", "fcntl", "json", "mmap", "pathlib", "queue", "selectors"),
     *("signal", "socket", "struct", "termios", "threading", "typing", "zlib"),
 )
 IMPORTS = (
     *("vmrun.cli.options", "vmrun.cli.snapshot", "vmrun.control.session", "vmrun.machine.control"),
-    *("vmrun.machine.machine", "vmrun.snapshot.restore"),
+    *("vmrun.machine.agent", "vmrun.machine.machine", "vmrun.machine.ports", "vmrun.snapshot.restore"),
 )
 OPEN = "from pathlib import Path; from vmrun.snapshot.restore import Snapshot; Snapshot(Path({!r})).config()"
 
@@ -222,11 +223,19 @@ def measure_phases(runs: int, command: list[str]) -> dict[str, list[float]]:
     programs = {
         "the interpreter": [sys.executable, "-I", "-S", "-c", EXIT],
         "site: finding vmrun": [sys.executable, "-c", EXIT],
-        "Python's modules that vmrun imports": [sys.executable, "-c", f"import {', '.join(MODULES)}; {EXIT}"],
-        "vmrun's own modules": [sys.executable, "-c", f"import {', '.join((*MODULES, *IMPORTS))}; {EXIT}"],
+        "Python's modules that vmrun imports": [
+            sys.executable,
+            "-c",
+            f"{LATE}; import {', '.join(MODULES)}; {EXIT}",
+        ],
+        "vmrun's own modules": [
+            sys.executable,
+            "-c",
+            f"{LATE}; import {', '.join((*MODULES, *IMPORTS))}; {EXIT}",
+        ],
         "manifest, state, checksums": [
             *(sys.executable, "-c"),
-            f"import {', '.join((*MODULES, *IMPORTS))}; {OPEN.format(command[-1])}; {EXIT}",
+            f"{LATE}; import {', '.join((*MODULES, *IMPORTS))}; {OPEN.format(command[-1])}; {EXIT}",
         ],
     }
     times: dict[str, list[float]] = {name: [] for name in (*programs, "the machine, to its first byte")}

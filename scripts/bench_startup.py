@@ -63,16 +63,24 @@ def commands(kernel: Path) -> dict[str, tuple[list[str], int]]:
 # What each phase of a start adds to the one before; the last is `vmrun boot` itself. All end without taking
 # the interpreter apart, as vmrun does.
 EXIT = "import os; os._exit(0)"
+LATE = "from vmrun.cli import late; late.delay('inspect')"
 MODULES = (
-    *("ctypes", "dataclasses", "fcntl", "json", "mmap", "pathlib", "selectors", "shutil", "signal", "socket"),
+    *("ctypes", "dataclasses", "fcntl", "json", "mmap", "pathlib", "selectors", "signal", "socket"),
     *("struct", "termios", "threading", "typing"),
 )
-IMPORTS = "vmrun.cli.options", "vmrun.control.session", "vmrun.machine.control", "vmrun.machine.machine"
+IMPORTS = (
+    *("vmrun.boot.loader", "vmrun.cli.options", "vmrun.control.session", "vmrun.machine.bootplan"),
+    *("vmrun.machine.control", "vmrun.machine.machine", "vmrun.machine.ports"),
+)
 PHASES: dict[str, list[str]] = {
     "the interpreter": [sys.executable, "-I", "-S", "-c", EXIT],
     "site: finding vmrun": [sys.executable, "-c", EXIT],
-    "Python's modules that vmrun imports": [sys.executable, "-c", f"import {', '.join(MODULES)}; {EXIT}"],
-    "vmrun's own modules": [sys.executable, "-c", f"import {', '.join(IMPORTS)}; {EXIT}"],
+    "Python's modules that vmrun imports": [
+        sys.executable,
+        "-c",
+        f"{LATE}; import {', '.join(MODULES)}; {EXIT}",
+    ],
+    "vmrun's own modules": [sys.executable, "-c", f"{LATE}; import {', '.join(IMPORTS)}; {EXIT}"],
 }
 
 

@@ -19,6 +19,7 @@ from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
 from vmrun.host.backing import MAX_BACKING_FILES
+from vmrun.snapshot.restore import Snapshot
 
 Kernel = Callable[[str], Path]
 
@@ -385,3 +386,13 @@ def test_from_process_to_process(bare_kernel: Kernel, tmp_path: Path, times: int
         shutil.rmtree(tmp_path / f"s{cycle - 1}", ignore_errors=True)
     eventually(lambda: printed(name))
     assert is_alphabets(text + printed(name))
+
+
+def test_a_pager_that_no_machine_came_for_is_ended(bare_kernel: Kernel, tmp_path: Path) -> None:
+    start(bare_kernel("spin: jmp spin"))
+    good("snapshot", "web", tmp_path / "saved", "--stop")
+    with Snapshot(tmp_path / "saved") as saved:
+        saved.prepare()
+        pager = saved._pager
+        assert pager is not None and not pager.poll()
+    assert pager.exit_code is not None and pager.pidfd == -1

@@ -193,3 +193,15 @@ def test_what_is_kept_of_the_ended(base: Path) -> None:
     assert runtime.ended("vm5") is None
     assert runtime.running() == {}
     assert runtime.ended("../..") is None
+
+
+def test_stale_directories_go_with_all_that_is_in_them(base: Path, tmp_path: Path) -> None:
+    (base / "odd" / "inner").mkdir(parents=True)
+    base.chmod(0o700)
+    (base / "odd" / "inner" / "file").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").touch()
+    (base / "link").symlink_to(tmp_path / "elsewhere")
+    assert runtime.running() == {}
+    assert not (base / "odd").exists()
+    assert (tmp_path / "elsewhere" / "file").exists()

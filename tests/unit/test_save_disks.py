@@ -261,8 +261,12 @@ def test_while_a_snapshot_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_restored_guest_is_greeted_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    talks: list[object] = []
+    talks: list[tuple[Any, ...]] = []
     monkeypatch.setattr(agent, "talk", lambda *arguments: talks.append(arguments))
+    doors: list[str] = []
+    listener: Any = SimpleNamespace(
+        links=[], hold=lambda: doors.append("closed"), admit=lambda: doors.append("open")
+    )
     soon: list[Callable[[], None]] = []
     resumed: list[Callable[[], None]] = []
     machine: Any = SimpleNamespace(
@@ -272,8 +276,12 @@ def test_a_restored_guest_is_greeted_when_it_goes_on(monkeypatch: pytest.MonkeyP
         pause=SimpleNamespace(on_resume=resumed.append),
         shutdown=SimpleNamespace(),
     )
-    Machine.use_agent(machine, [])
+    Machine.use_agent(machine, listener)
     assert talks == [] and soon == []
     (begin,) = resumed
     begin()
-    assert len(talks) == 1
+    ((_, _, _, done),) = talks
+    # Nobody finds a guest that still takes itself for another.
+    assert doors == ["closed"]
+    done(True)
+    assert doors == ["closed", "open"]

@@ -52,6 +52,20 @@ def listening(tmp_path: Path) -> Iterator[Listening]:
     assert not listening.path.exists()
 
 
+def test_clients_wait_while_somebody_inside_speaks_first(listening: Listening) -> None:
+    machine = listening.machine
+    listening.listener.hold()
+    client = listening.client()
+    client.send(b"later")
+    machine.give(1, 64)
+    machine.settle()
+    assert machine.read(1) == b"" and not machine.turn(), "they wake nobody"
+    assert listening.listener.links[0].free
+    listening.listener.admit()
+    machine.settle()
+    assert machine.read(1) == b"later"
+
+
 def test_one_after_the_other(listening: Listening) -> None:
     machine = listening.machine
     first, second, third = (listening.client() for _ in range(3))

@@ -45,6 +45,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class ElfKernel:
+    """An ELF file that was found fit to be loaded."""
+
     image: Image
     segments: tuple[Segment, ...]  # by physical address, not overlapping, none of them empty
     entry: int  # guest-physical address of the 64-bit entry

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from vmrun.agent.session import AgentSession
     from vmrun.run.command import Command
 
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 30.0  # a guest that is just booting, or one of many clones, takes its time
 START_SECONDS = 60.0  # for a guest whose kernel is interpreted, on a busy host
 COPY_LIMIT = 10 << 30  # bytes that a guest may put on the host with one cp
 

@@ -22,7 +22,6 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -108,7 +107,7 @@ class RuntimeDirectory:
             with _locked_base() as base:
                 if outcome is not None:
                     _keep(base, self.path, outcome)
-                shutil.rmtree(self.path, ignore_errors=True)
+                _remove(self.path)
         finally:
             self.abandon()
 
@@ -140,7 +139,7 @@ def claim(name: str | None) -> RuntimeDirectory:
             except BaseException:
                 os.close(lock_fd)
                 raise
-            shutil.rmtree(base / ENDED / name, ignore_errors=True)
+            _remove(base / ENDED / name)
             return RuntimeDirectory(name, path, lock_fd)
     except OSError as error:
         raise _no_directory(error) from None
@@ -176,12 +175,12 @@ def settle(name: str, outcome: dict[str, Any] | None) -> None:
         if path.is_dir() and not _is_held(path / LOCK):
             if outcome is not None:
                 _keep(base, path, outcome)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
         kept = base / ENDED / name
         if outcome is not None and kept.is_dir():
             (kept / OUTCOME).write_text(json.dumps(outcome))
         elif outcome is None:
-            shutil.rmtree(kept, ignore_errors=True)
+            _remove(kept)
 
 
 def not_found(name: str, names: list[str]) -> UserError:
@@ -239,7 +238,7 @@ def _clean(base: Path) -> list[Path]:
         else:
             if (path / CONSOLE_LOG).exists():
                 _keep(base, path, KILLED | {"time": time.time()})
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     return living
 
 
@@ -283,11 +282,29 @@ def _keep(base: Path, path: Path, outcome: dict[str, Any]) -> None:
     (path / OUTCOME).write_text(json.dumps(outcome))
     for unneeded in (SOCKET, AGENT, LOCK):
         (path / unneeded).unlink(missing_ok=True)
-    shutil.rmtree(kept / path.name, ignore_errors=True)
+    _remove(kept / path.name)
     path.rename(kept / path.name)
     os.utime(kept / path.name)
     for old in sorted(kept.iterdir(), key=lambda each: each.stat().st_mtime_ns)[:-MAX_ENDED]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a machine's directory, if it is there, as far as that goes. There are files in it only."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        for name in os.listdir(fd):
+            os.unlink(name, dir_fd=fd)
+        os.rmdir(directory)
+    except OSError:
+        import shutil  # whatever somebody put there
+
+        shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(fd)
 
 
 def _no_directory(error: OSError) -> UserError:

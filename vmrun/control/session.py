@@ -112,6 +112,9 @@ class _Lives:
         self._confined = confined
 
     def run(self, timeout: float | None, saved: "SavedMachine | None") -> "Outcome":
+        if saved is not None:
+            saved.prepare()  # first: it goes on while the machine is imported
+
         from vmrun.machine.machine import run
 
         self._is_made_of(self._config)
@@ -149,7 +152,7 @@ class _Lives:
             listener = PortListener(machine.loop, machine.agent_ports, self._path.with_name(runtime.AGENT))
             machine.stack.callback(listener.close)
             if not self._confined:  # it could not talk to it; its owner does
-                machine.use_agent(listener.links)
+                machine.use_agent(listener)
         machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
         self._server.serve(machine.loop, MachineControl(machine, confined=self._confined))
         if self._starter is not None and self._starter.owner_fd >= 0:

@@ -5,17 +5,17 @@ The agent's answers are the guest's: they are waited for on a thread of their ow
 whether it was done.
 """
 
-import logging
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vmrun.agent.protocol import AgentError, AgentRefused
-from vmrun.agent.session import AgentSession
 from vmrun.machine.loop import EventLoop
 from vmrun.machine.ports import PortLink
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from vmrun.agent.session import AgentSession
 
 ANSWER_SECONDS = 30.0
 # The card is known by the address it had; busybox and iproute2 both have this `ip`.
@@ -24,7 +24,7 @@ NEW_ADDRESS = (
     'ip link set dev "${card##*/}" address "$2" || exit 1; done'
 )
 
-Work = Callable[[AgentSession], None]
+Work = Callable[["AgentSession"], None]
 
 
 def listens(links: Sequence[PortLink]) -> bool:
@@ -44,6 +44,8 @@ def talk(loop: EventLoop, links: Sequence[PortLink], work: Work, done: Callable[
     link.connect(theirs)
 
     def converse() -> None:
+        from vmrun.agent.session import AgentSession  # most guests have no agent
+
         worked = False
         try:
             with AgentSession(ours) as session:
@@ -51,7 +53,9 @@ def talk(loop: EventLoop, links: Sequence[PortLink], work: Work, done: Callable[
                 work(session)
                 worked = True
         except (AgentError, OSError) as error:
-            logger.warning("the guest's agent: %s", error)
+            import logging  # here: it is rare, and every start would pay
+
+            logging.getLogger(__name__).warning("the guest's agent: %s", error)
         loop.call_soon(lambda: done(worked))
 
     threading.Thread(target=converse, name="agent", daemon=True).start()
@@ -66,14 +70,18 @@ def greet(macs: Sequence[tuple[str, str]]) -> Work:
     knows a card by, and the one it has now.
     """
 
-    def work(session: AgentSession) -> None:
+    def work(session: "AgentSession") -> None:
         session.after_restore(ANSWER_SECONDS)
         for before, now in macs:
             if before == now:
                 continue
             process = session.exec(["/bin/sh", "-c", NEW_ADDRESS, "sh", before, now], timeout=ANSWER_SECONDS)
             if process.wait(ANSWER_SECONDS).exit_code:
-                logger.warning("the guest keeps the address %s: it could not set %s", before, now)
+                import logging  # here: it is rare, and every start would pay
+
+                logging.getLogger(__name__).warning(
+                    "the guest keeps the address %s: it could not set %s", before, now
+                )
 
     return work
 
@@ -81,7 +89,7 @@ def greet(macs: Sequence[tuple[str, str]]) -> Work:
 def shut_down(*, reboot: bool) -> Work:
     """By systemd, which has services to stop; where it is not init, the agent does it."""
 
-    def work(session: AgentSession) -> None:
+    def work(session: "AgentSession") -> None:
         try:
             how = "reboot" if reboot else "poweroff"
             session.exec(["systemctl", how], keep=True, timeout=ANSWER_SECONDS)

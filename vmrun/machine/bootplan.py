@@ -12,6 +12,8 @@ from vmrun.machine.config import MachineConfig
 
 @dataclass(frozen=True, slots=True)
 class BootPlan:
+    """What is put into memory: two files and a text."""
+
     kernel: Path
     initrd: Path | None
     cmdline: str

@@ -34,7 +34,6 @@ from devices.virtio.device import VIRTIO_ID_NET, VirtioDevice
 from devices.virtio.rng import VirtioRng
 from devices.virtio.transport import VirtioPciFunction, virtio_identity
 from devices.virtio.vmmci import IDENTITY as VMMCI_IDENTITY
-from vmrun.boot.loader import load
 from vmrun.errors import EXIT_IMAGE, EXIT_NO_KVM, EXIT_PANIC, EXIT_TIMEOUT, EXIT_VMM, UserError
 from vmrun.host.check import kvm_flavour
 from vmrun.host.disks import Disks, MachineDisk, OpenDisk
@@ -43,7 +42,6 @@ from vmrun.kvm import System, Vm, abi
 from vmrun.kvm.software import SoftwareCpu, adjust_cpuid, prepare_vm
 from vmrun.machine import layout
 from vmrun.machine.board import KvmBoard
-from vmrun.machine.bootplan import plan
 from vmrun.machine.clock_jump import ClockJump
 from vmrun.machine.config import DiskConfig, MachineConfig, VhostUserDisk
 from vmrun.machine.cpuid import vcpu_leaves
@@ -60,7 +58,7 @@ if TYPE_CHECKING:
     from devices.virtio.console_ports import Port
     from vmrun.boot.firmware import Firmware
     from vmrun.machine.mounts import SharedDirectory
-    from vmrun.machine.ports import PortLink
+    from vmrun.machine.ports import PortListener
     from vmrun.machine.workers import SupervisedWorker
     from vmrun.snapshot.memory_file import OpenMemory
     from vmrun.snapshot.pager import LazyRam
@@ -100,6 +98,9 @@ class SavedMachine(Protocol):
 
     def cpuid(self, cpu: dict[str, Any]) -> list[list[abi.kvm_cpuid_entry2]]:
         """The leaves of each vCPU. UserError when the guest cannot go on with `cpu`, the processor here."""
+
+    def prepare(self) -> None:
+        """Start what takes a while to start. In the machine's process, main thread, before `fill`."""
 
     def fill(self, machine: Machine, stack: ExitStack) -> LazyRam:
         """See to it that the machine's memory, which is empty, gets its contents, sooner or later. Before any
@@ -165,6 +166,8 @@ class Machine:
         self._software_kvm = kvm_flavour() == "pvm"
         boot = None
         if saved is None and config.firmware is None:
+            from vmrun.machine.bootplan import plan
+
             boot = plan(config, software_kvm=self._software_kvm)
         images = [disk for disk in config.disks if isinstance(disk, DiskConfig)]
         disks = self._disks = stack.enter_context(Disks(images))
@@ -196,6 +199,8 @@ class Machine:
 
         state = self._firmware = self._flash = None
         if boot is not None:
+            from vmrun.boot.loader import load
+
             state = load(
                 self.ram.memory, boot.kernel, initrd=boot.initrd, cmdline=boot.cmdline, cpus=config.cpus
             )
@@ -412,17 +417,19 @@ class Machine:
         elif self._saved is not None and not self._saved.hold:
             self.pause.resume()
 
-    def use_agent(self, links: Sequence[PortLink]) -> None:
-        """`links` lead to the agent's ports. A restored guest that has one is told who it is now, unless
-        somebody else does that. Before `run`.
+    def use_agent(self, listener: PortListener) -> None:
+        """`listener` leads to the agent's ports. A restored guest that has one is told who it is now, before
+        anybody else is let in, unless somebody else does that. Before `run`.
         """
+        links = listener.links
         saved = self._saved
         if saved is not None and saved.greet:
             from vmrun.machine import agent
 
             greeting = agent.greet(list(zip(saved.macs, self.macs(), strict=True)))
+            listener.hold()
             # Not now: a machine that is held may not go on for hours, and no agent answers before.
-            self.pause.on_resume(lambda: agent.talk(self.loop, links, greeting, lambda done: None))
+            self.pause.on_resume(lambda: agent.talk(self.loop, links, greeting, lambda _: listener.admit()))
 
         def ask(reboot: bool, done: Callable[[bool], None]) -> bool:
             from vmrun.machine import agent  # most machines end without

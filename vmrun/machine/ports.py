@@ -187,7 +187,7 @@ class PortListener:
         self.links = [PortLink(loop, port, self._listen) for port in ports]
         self.path = path
         self._loop = loop
-        self._closed = False
+        self._closed = self._held = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             directory_fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -201,17 +201,28 @@ class PortListener:
             self._socket.close()
             raise
 
+    def hold(self) -> None:
+        """Let nobody in before `admit`: those who come wait their turn. Whoever has `links` may use them."""
+        self._held = True
+
+    def admit(self) -> None:
+        self._held = False
+        self._listen()
+
     @property
     def _free(self) -> PortLink | None:
+        """For the next client."""
+        if self._held or self._closed:
+            return None
         return next((link for link in self.links if link.free), None)
 
     def _listen(self) -> None:
-        if not self._closed and self._free is not None:
+        if self._free is not None:
             self._loop.watch(self._socket.fileno(), self._accept)
 
     def _accept(self) -> None:
         link = self._free
-        if self._closed or link is None:
+        if link is None:
             # Those who come now wait in the socket's queue, which wakes nobody.
             self._loop.unwatch(self._socket.fileno())
             return

@@ -12,7 +12,6 @@ the handshake waits for the new worker, and has a thread of its own. Other peopl
 start again: their end is the machine's.
 """
 
-import logging
 import os
 import signal
 import socket
@@ -34,8 +33,6 @@ from vmrun.machine.loop import EventLoop
 
 if TYPE_CHECKING:
     from vmrun.snapshot.pager import LazyRam
-
-logger = logging.getLogger(__name__)
 
 # Each kind's device type, and the largest sizes of its queues (net: receive, transmit).
 KINDS = {"blk": (VIRTIO_ID_BLOCK, (256,)), "net": (VIRTIO_ID_NET, (256, 256))}
@@ -135,7 +132,9 @@ class SupervisedWorker:
 
         def kill() -> None:
             if worker is self.worker and self.device.failed and not worker.poll():
-                logger.warning("%s; it is killed", text)
+                import logging  # here: it is rare, and every start would pay
+
+                logging.getLogger(__name__).warning("%s; it is killed", text)
                 signal.pidfd_send_signal(worker.pidfd, signal.SIGKILL)
 
         self._loop.call_later(DEAD_WORKER_SECONDS, kill)
@@ -194,7 +193,9 @@ class SupervisedWorker:
         else:
             delay = RESTART_DELAYS[min(len(self._deaths), len(RESTART_DELAYS) - 1)]
             self._deaths.append(now)
-            logger.warning("%s; it is started again", reason)
+            import logging  # here: it is rare, and every start would pay
+
+            logging.getLogger(__name__).warning("%s; it is started again", reason)
             self._loop.call_later(delay, self._start_again)
 
     def _start_again(self) -> None:

@@ -13,7 +13,6 @@ Formats are numbered, and another number is refused: a guess about a guest's sta
 data.
 """
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field, fields
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.snapshot.sha256 import sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -102,12 +102,13 @@ def check_frozen(frozen: FrozenFile, path: Path) -> None:
 
 def _fingerprint(path: Path) -> str:
     with open(path, "rb", buffering=0) as file:
-        digest = hashlib.sha256()
+        digest = sha256()
         left = FINGERPRINT_BYTES
         while left and (piece := file.read(left)):
             digest.update(piece)
             left -= len(piece)
-        return digest.hexdigest()
+        found: str = digest.hexdigest()
+        return found
 
 
 def write(manifest: Manifest, directory: Path) -> None:
@@ -147,14 +148,14 @@ def read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
     return _read_json(directory, directory / STATE, manifest.state_sha256)
 
 
-def _read_json(directory: Path, path: Path, sha256: str | None = None) -> dict[str, Any]:
+def _read_json(directory: Path, path: Path, checksum: str | None = None) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_JSON + 1)
     except OSError as error:
         what = (error.strerror or str(error)).lower()
         raise UserError(f"{directory} is no snapshot: {path.name}: {what}", EXIT_IMAGE) from None
-    if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
+    if checksum is not None and sha256(text).hexdigest() != checksum:
         raise UserError(f"{path}: damaged: its checksum is not the manifest's", EXIT_IMAGE)
     try:
         described = json.loads(text)

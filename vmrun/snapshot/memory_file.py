@@ -5,7 +5,6 @@ for chunks of 64 KiB, and are checked when a chunk is brought in, so that openin
 time for any size. The checksum file's own hash goes into the manifest: so the three belong together.
 """
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from zlib import crc32
 from devices.memory import PAGE_SIZE
 from devices.pager.checksums import CHUNK_SIZE, Checksums, build
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.snapshot.sha256 import sha256
 
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _ZERO_CHUNK = bytes(CHUNK_SIZE)
@@ -38,10 +38,10 @@ class MemoryFacts:
     def load(cls, state: dict[str, Any]) -> "MemoryFacts":
         """Raises ValueError for what `save` does not give."""
         numbers = [state.get(key) for key in ("size", "chunk_size", "data_chunks")]
-        sha256 = state.get("sha256")
-        if not isinstance(sha256, str) or any(type(number) is not int or number < 0 for number in numbers):
+        checksum = state.get("sha256")
+        if not isinstance(checksum, str) or any(type(number) is not int or number < 0 for number in numbers):
             raise ValueError("what it says of the memory file makes no sense")
-        return cls(state["size"], state["chunk_size"], state["data_chunks"], sha256)
+        return cls(state["size"], state["chunk_size"], state["data_chunks"], checksum)
 
 
 class OpenMemory:
@@ -116,9 +116,7 @@ def open_memory(path: Path, facts: MemoryFacts) -> OpenMemory:
             checksums = Checksums(raw)
         except ValueError as error:
             raise UserError(f"{beside}: the snapshot's checksum file {error}", EXIT_IMAGE) from None
-        found = MemoryFacts(
-            checksums.size, CHUNK_SIZE, checksums.data_chunks, hashlib.sha256(raw).hexdigest()
-        )
+        found = MemoryFacts(checksums.size, CHUNK_SIZE, checksums.data_chunks, sha256(raw).hexdigest())
         if found != facts:
             raise UserError(f"{beside}: this checksum file belongs to another snapshot", EXIT_IMAGE)
         fd = _open(path)
@@ -176,7 +174,7 @@ def write_memory(ram_fd: int, size: int, path: Path, source: OpenMemory | None =
         checksums_file.write(raw)
         os.fsync(file.fileno())
         os.fsync(checksums_file.fileno())
-    return MemoryFacts(size, CHUNK_SIZE, kinds.count(1), hashlib.sha256(raw).hexdigest())
+    return MemoryFacts(size, CHUNK_SIZE, kinds.count(1), sha256(raw).hexdigest())
 
 
 def _chunks(ram_fd: int, size: int, source: OpenMemory | None) -> Iterator[tuple[int, bytes]]:

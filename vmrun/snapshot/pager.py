@@ -18,7 +18,6 @@ Three things must never happen, and each has its rule:
 
 import ctypes
 import errno
-import logging
 import os
 import select
 import signal
@@ -39,8 +38,6 @@ from vmrun.errors import EXIT_IMAGE, EXIT_VMM
 from vmrun.machine.memory import Ram
 from vmrun.snapshot.memory_file import OpenMemory
 
-logger = logging.getLogger(__name__)
-
 # A pager may die so many times in so many seconds.
 MAX_RESTARTS = 3
 RESTART_WINDOW = 60.0
@@ -53,6 +50,12 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 End = Callable[[int, str], None]
 Mappings = list[tuple[int, int, int]]  # address, size, offset in the memfd
+
+
+def launch_pager(memory: OpenMemory, *, prefetch: bool) -> Worker:
+    """The process alone: it waits until it is told whose memory it is."""
+    words = {"prefetch": str(int(prefetch))}
+    return launch("pager", "pager", words, {"memory": memory.fd, "checksums": memory.checksums_fd})
 
 
 class MemoryLost(OSError):
@@ -113,11 +116,18 @@ class LazyRam:
     When memory cannot be brought in any more, it calls, from a thread of its own, `end(exit code, reason)`
     and then `halt()`: that must tell every vCPU to leave the guest, and kill (SIGKILL) every worker, without
     waiting for any of them. With `prefetch` everything is brought in without being asked for; without, only
-    what is touched.
+    what is touched. `pager` is one of `memory` that was launched earlier.
     """
 
     def __init__(
-        self, ram: Ram, memory: OpenMemory, end: End, halt: Callable[[], None], *, prefetch: bool
+        self,
+        ram: Ram,
+        memory: OpenMemory,
+        end: End,
+        halt: Callable[[], None],
+        *,
+        prefetch: bool,
+        pager: Worker | None = None,
     ) -> None:
         size = sum(region.size for region in ram.memory.regions)
         if size != memory.checksums.size:
@@ -132,6 +142,7 @@ class LazyRam:
         self._end = end
         self._halt = halt
         self._prefetch = prefetch
+        self._launched = pager
         # Held while talking to the pager and while `_clients` changes, never while waiting for a page.
         self._lock = threading.Lock()
         self._clients: dict[str, tuple[int, int, Mappings]] = {}  # slot, userfaultfd, mappings
@@ -156,7 +167,11 @@ class LazyRam:
             uffd = userfaultfd.create(self.userfault_fd)
         except OSError as error:
             self._drop_device()
-            logger.info("memory is read at once: %s: %s", userfaultfd.DEVICE, error.strerror)
+            import logging  # here: it is rare, and every start would pay
+
+            logging.getLogger(__name__).info(
+                "memory is read at once: %s: %s", userfaultfd.DEVICE, error.strerror
+            )
             self._fill()
             return
         self._clients["vmm"] = (VMM_SLOT, uffd, self._ram.mappings)
@@ -267,12 +282,8 @@ class LazyRam:
         return pieces
 
     def _launch(self) -> None:
-        self._worker = launch(
-            "pager",
-            "pager",
-            {"prefetch": str(int(self._prefetch))},
-            {"memory": self._source.fd, "checksums": self._source.checksums_fd},
-        )
+        self._worker = self._launched or launch_pager(self._source, prefetch=self._prefetch)
+        self._launched = None
         self._channel = Channel(self._worker.channel)
         for name in self._clients:
             self._introduce(name)
@@ -328,7 +339,9 @@ class LazyRam:
             self._fail(EXIT_VMM, f"{reason} (and {MAX_RESTARTS} times before within {RESTART_WINDOW:g} s)")
             return False
         self._deaths.append(now)
-        logger.warning("%s; it is started again", reason)
+        import logging  # here: it is rare, and every start would pay
+
+        logging.getLogger(__name__).warning("%s; it is started again", reason)
         with self._lock:
             self._channel.close()
             self._worker.stop(0)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from devices.block.qcow2_header import Header
 from devices.errors import ImageError
+from devices.pager import userfaultfd
+from devices.worker.launcher import Worker
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.backing import backing_config
 from vmrun.host.overlays import create_overlay
@@ -25,7 +27,7 @@ from vmrun.machine.state import check_clocks, load_state, saved_leaves
 from vmrun.snapshot import manifest
 from vmrun.snapshot.manifest import FrozenFile
 from vmrun.snapshot.memory_file import MemoryFacts, open_memory
-from vmrun.snapshot.pager import LazyRam
+from vmrun.snapshot.pager import LazyRam, launch_pager
 
 if TYPE_CHECKING:
     from vmrun.machine.machine import Machine
@@ -48,6 +50,7 @@ class Snapshot:
         self.manifest = manifest.read(self.directory)
         self.state = manifest.read_state(self.directory, self.manifest)
         self._prefetch = prefetch
+        self._pager: Worker | None = None
         try:
             self.saved_config = parse_config(self.manifest.config)
             facts = MemoryFacts.load(self.manifest.memory)
@@ -153,8 +156,16 @@ class Snapshot:
         except ValueError as error:
             raise self._damaged(str(error)) from None
 
+    def prepare(self) -> None:
+        if os.access(userfaultfd.DEVICE, os.R_OK | os.W_OK):
+            self._pager = launch_pager(self.memory, prefetch=self._prefetch)
+
     def fill(self, machine: "Machine", stack: ExitStack) -> LazyRam:
-        lazy = LazyRam(machine.ram, self.memory, machine.end, machine.halt, prefetch=self._prefetch)
+        lazy = LazyRam(
+            *(machine.ram, self.memory, machine.end, machine.halt),
+            prefetch=self._prefetch,
+            pager=self._pager,
+        )
         stack.enter_context(lazy)
         lazy.start()
         return lazy
@@ -169,6 +180,8 @@ class Snapshot:
             raise UserError(f"{self.directory}: the state does not fit: {error}", EXIT_IMAGE) from None
 
     def close(self) -> None:
+        if self._pager is not None:
+            self._pager.stop(0)  # unless its machine has done so
         self.memory.close()
 
     def __enter__(self) -> "Snapshot":

@@ -9,7 +9,6 @@ taken; should something go wrong, the machine goes on with the disks it had.
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from vmrun.machine.state import save_state
 from vmrun.snapshot import manifest
 from vmrun.snapshot.manifest import FrozenFile, Manifest
 from vmrun.snapshot.memory_file import write_memory
+from vmrun.snapshot.sha256 import sha256
 
 if TYPE_CHECKING:
     from vmrun.host.disks import MachineDisk
@@ -103,7 +103,7 @@ def save(machine: "Machine", directory: Path, *, go_on: bool) -> Saved:
                     config=describe_config(_saved_config(machine.config)),
                     cpu=machine.cpu_identity(),
                     memory=memory.save(),
-                    state_sha256=hashlib.sha256(state).hexdigest(),
+                    state_sha256=sha256(state).hexdigest(),
                     disks=[files[index] for index in sorted(files)],
                     cdrom=None if cdrom is None else manifest.freeze(cdrom, "raw", partial),
                     macs=machine.macs(),

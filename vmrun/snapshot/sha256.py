@@ -1,0 +1,15 @@
+"""SHA-256 as Python has it built in. VMM process.
+
+`hashlib` has the same of OpenSSL, whose loading takes longer than all there is to check when a machine is
+restored. The built-in module goes by another name from Python 3.12 on; it may be left out of a Python.
+"""
+
+try:
+    from _sha2 import sha256  # type: ignore[import-not-found]
+except ImportError:
+    try:
+        from _sha256 import sha256  # type: ignore[import-not-found]
+    except ImportError:
+        from hashlib import sha256
+
+__all__ = ["sha256"]
