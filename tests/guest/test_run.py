@@ -406,7 +406,7 @@ TWICE = "tee /tmp/big | sha256sum >&2; cat /tmp/big"
 def megabytes_through(sandbox: Sandbox, count: int) -> None:
     data = os.urandom(count * MIB)
     began = time.monotonic()
-    done = vmrun("exec", sandbox.name, "--", "sh", "-c", TWICE, input=data)
+    done = vmrun("exec", sandbox.name, "--", "sh", "-c", TWICE, input=data, seconds=1900)
     print(f"{2 * count / (time.monotonic() - began):.2f} MiB/s, in and out together")
     digest = hashlib.sha256(data).hexdigest().encode()
     assert done.stderr.split()[0] == digest
