@@ -26,6 +26,8 @@ from vmrun.errors import EXIT_VMM, UserError
 from vmrun.machine import confine
 from vmrun.machine.config import MachineConfig, NicConfig
 
+pytestmark = pytest.mark.usefixtures("base")
+
 Kernel = Callable[[str], Path]
 Vmm = subprocess.Popen[str]
 
@@ -45,16 +47,6 @@ ECHO = """
     out dx, al
     jmp echo
 """
-
-
-@pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "run"
-    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    yield path
-    for pid in runtime.running().values():
-        os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -10,19 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from devices.block.qcow2_create import create_qcow2
+from tests.kvm.commands import good, refused, vmrun
 from vmrun.control import runtime
 from vmrun.control.client import Ending, MachineClient
 from vmrun.errors import EXIT_IMAGE, EXIT_TIMEOUT, EXIT_USAGE, EXIT_VMM
 
-Result = subprocess.CompletedProcess[str]
+pytestmark = pytest.mark.usefixtures("base")
+
 Kernel = Callable[[str], Path]
 STOPPED = 143
 
@@ -61,33 +62,6 @@ COUNT = """
     hlt
 """
 ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "run"
-    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
-    yield path
-    for pid in runtime.running().values():
-        os.kill(pid, signal.SIGKILL)
-
-
-def vmrun(*arguments: str | Path, **options: Any) -> Result:
-    return subprocess.run(
-        [sys.executable, "-m", "vmrun", *map(str, arguments)],
-        stdin=options.pop("stdin", subprocess.DEVNULL),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        **options,
-    )
-
-
-def good(*arguments: str | Path) -> str:
-    result = vmrun(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def start(kernel: Path, *arguments: str | Path, name: str = "web") -> None:
@@ -211,7 +185,10 @@ def test_a_killed_vmm_leaves_nothing(bare_kernel: Kernel, tmp_path: Path, base: 
     assert waiter.returncode in (EXIT_VMM, EXIT_USAGE) and said.count(b"\n") == 1
     eventually(lambda: not any(psutil.pid_exists(pid) for pid in facts["workers"].values()))
     assert json.loads(good("ps", "--json")) == []
-    assert [path.name for path in base.iterdir()] == [".lock"]
+    assert {path.name for path in base.iterdir()} == {".lock", runtime.ENDED}
+    # What it said and how it ended can still be asked for.
+    assert good("log", "web") == ""
+    assert refused("wait", "web", code=EXIT_VMM) == "vmrun: the machine's process was killed"
     start(kernel, "--disk", disk)
 
 

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ import pytest
 
 from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import Header
+from tests.kvm.commands import good, refused
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
-from vmrun.errors import EXIT_IMAGE, EXIT_USAGE
+from vmrun.errors import EXIT_USAGE
 from vmrun.host.backing import MAX_BACKING_FILES
 from vmrun.snapshot.restore import Snapshot
+
+pytestmark = pytest.mark.usefixtures("base")
 
 Kernel = Callable[[str], Path]
 
@@ -79,40 +82,6 @@ MEMORY = """
     hlt
 """
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-@pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "run"
-    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    yield path
-    for pid in runtime.running().values():
-        os.kill(pid, signal.SIGKILL)
-
-
-def vmrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vmrun", *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def good(*arguments: str | Path) -> str:
-    result = vmrun(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def refused(*arguments: str | Path, code: int = EXIT_IMAGE) -> str:
-    result = vmrun(*arguments)
-    assert result.returncode == code, result.stderr
-    assert len(result.stderr.splitlines()) <= 2 and "Traceback" not in result.stderr
-    return result.stderr.splitlines()[-1]
 
 
 def start(kernel: Path, *arguments: str | Path, name: str = "web") -> None:

@@ -107,6 +107,15 @@ def test_what_the_guest_of_a_killed_process_printed_is_kept(base: Path) -> None:
     assert runtime.ended("web") is None
 
 
+def test_what_cannot_be_kept_is_in_nobodys_way(base: Path) -> None:
+    (base / "web" / "outcome.json").mkdir(parents=True)  # as ENOSPC has it: it cannot be written
+    (base / "web" / "console.log").write_text("alas")
+    os.chmod(base, 0o700)
+    assert runtime.running() == {}
+    assert not (base / "web").exists()
+    runtime.claim("web").release()
+
+
 def test_a_half_made_directory_is_stale(base: Path) -> None:
     (base / "web").mkdir(parents=True, mode=0o755)
     os.chmod(base, 0o700)

@@ -87,14 +87,18 @@ def restore(
         from vmrun.snapshot.restore import Snapshot
 
         with Snapshot(directory, hold=paused, prefetch=prefetch) as saved:
-            if verify:
-                saved.memory.verify_all()
             config = saved.config(disks=tuple(disk or ()), nics=nics, throw_away=throw_away)
             with Console() if starter is None else nullcontext() as console:
                 return session.run(
                     config, name=name, timeout=seconds, console=console, starter=starter, saved=saved
                 )
 
+    if verify:
+        from vmrun.snapshot.restore import Snapshot
+
+        # Here, where Ctrl-C ends it: it takes long.
+        with Snapshot(directory) as saved:
+            saved.memory.verify_all()
     if detach:
         # The fork comes first: it costs the more the more is imported.
         print(_start(run))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 END_SECONDS = 20.0  # for a VMM to end in order; it takes milliseconds
+MAX_MESSAGE = 1 << 16  # bytes of a line that an owner reads
 
 
 class Detached:
@@ -145,24 +146,37 @@ class Owned:
         message = self._message()
         if "name" not in message:
             raise UserError(message["reason"], message["code"])
-        self.name = message["name"]
+        # A confined VMM may have been taken over by its guest before this, and its owner, who is not
+        # confined, goes by the name to directories that it reads and removes.
+        self.name = runtime.check_name(message["name"])
         return self.name
 
     def wait(self) -> tuple[int, str]:
         """How the machine ended: its exit code, and why."""
         if self._ending is None:
             message = self._message()
-            while "reason" not in message:
+            if "name" in message:
                 message = self._message()
-            self._ending = message["code"], message["reason"]
+            self._ending = message.get("code", EXIT_VMM), message.get("reason", "")
         return self._ending
 
     def _message(self) -> dict[str, Any]:
-        line = self._pipe.readline()
+        """A name, or a code and a reason. Of a confined VMM it may be the guest's words, which took it over:
+        they are bounded, and only printable text goes to the user's terminal.
+        """
+        line = self._pipe.readline(MAX_MESSAGE)
         if not line:
             return {"code": EXIT_VMM, "reason": "the machine's process died"}
-        message: dict[str, Any] = json.loads(line)
-        return message
+        try:
+            match json.loads(line):
+                case {"name": str(name)}:
+                    return {"name": name}
+                case {"code": int(code), "reason": str(reason)}:
+                    text = "".join(character if character.isprintable() else "?" for character in reason)
+                    return {"code": code, "reason": text}
+        except (ValueError, RecursionError):
+            pass
+        return {"code": EXIT_VMM, "reason": "the machine's process talks nonsense"}
 
     def alive(self, seconds: float = 0.0) -> bool:
         """Whether the VMM has not ended, and does not within `seconds`."""
@@ -180,12 +194,17 @@ class Owned:
             self._pipe.close()
             if self.alive(END_SECONDS):
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            _, status, usage = os.wait4(self.pid, 0)
-            self.cpu_seconds = usage.ru_utime + usage.ru_stime
-            self.peak_memory = usage.ru_maxrss << 10  # getrusage(2) has KiB
-            if self._reaper is not None:
-                self._reaper.returncode = os.waitstatus_to_exitcode(status)
-            os.close(self.pidfd)
+            try:
+                _, status, usage = os.wait4(self.pid, 0)
+            except ChildProcessError:
+                pass  # whoever made us ignores SIGCHLD, or a thread of the program's waits for any child
+            else:
+                self.cpu_seconds = usage.ru_utime + usage.ru_stime
+                self.peak_memory = usage.ru_maxrss << 10  # getrusage(2) has KiB
+                if self._reaper is not None:
+                    self._reaper.returncode = os.waitstatus_to_exitcode(status)
+            finally:
+                os.close(self.pidfd)
 
     def __enter__(self) -> "Owned":
         return self

@@ -25,7 +25,7 @@ import re
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +236,10 @@ def _clean(base: Path) -> list[Path]:
         if _is_held(path / LOCK):
             living.append(path)
         else:
-            if (path / CONSOLE_LOG).exists():
-                _keep(base, path, KILLED | {"time": time.time()})
+            # What cannot be kept, on a full file system say, must keep nobody from any machine.
+            with suppress(OSError):
+                if (path / CONSOLE_LOG).exists():
+                    _keep(base, path, KILLED | {"time": time.time()})
             _remove(path)
     return living
 

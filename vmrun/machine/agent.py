@@ -44,10 +44,10 @@ def talk(loop: EventLoop, links: Sequence[PortLink], work: Work, done: Callable[
     link.connect(theirs)
 
     def converse() -> None:
-        from vmrun.agent.session import AgentSession  # most guests have no agent
-
         worked = False
         try:
+            from vmrun.agent.session import AgentSession  # most guests have no agent
+
             with AgentSession(ours) as session:
                 session.hello(ANSWER_SECONDS)
                 work(session)
@@ -56,7 +56,9 @@ def talk(loop: EventLoop, links: Sequence[PortLink], work: Work, done: Callable[
             import logging  # here: it is rare, and every start would pay
 
             logging.getLogger(__name__).warning("the guest's agent: %s", error)
-        loop.call_soon(lambda: done(worked))
+        finally:
+            # Clients may be kept waiting for it, whatever goes wrong here.
+            loop.call_soon(lambda: done(worked))
 
     threading.Thread(target=converse, name="agent", daemon=True).start()
 

@@ -27,6 +27,7 @@ class EventLoop:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._lock = threading.Lock()
+        self._wake_lock = threading.RLock()  # the handler of a signal may find its own thread holding it
         self._callbacks: dict[int, Callback] = {}
         self._writers: dict[int, Callback] = {}
         self._hangups: dict[int, Callback] = {}
@@ -85,7 +86,7 @@ class EventLoop:
     def call_soon(self, callback: Callback) -> None:
         """Run `callback` on the loop's thread."""
         self._soon.append(callback)
-        os.eventfd_write(self._wake_fd, 1)
+        self._wake()
 
     def ask(self, work: Callable[[], T]) -> T:
         """Have the loop's thread do `work`, and wait for what comes of it, an exception too; OSError when the
@@ -122,7 +123,12 @@ class EventLoop:
     def stop(self) -> None:
         """Let `run` return after the callbacks under way."""
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
+        self._wake()
+
+    def _wake(self) -> None:
+        with self._wake_lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
 
     def run(self) -> None:
         """Serve until `stop`. An exception from a callback ends the loop and comes out here."""
@@ -159,4 +165,7 @@ class EventLoop:
 
     def close(self) -> None:
         self._epoll.close()
-        os.close(self._wake_fd)
+        with self._wake_lock:
+            # A thread that is late must not write to what has this number next, a disk perhaps.
+            fd, self._wake_fd = self._wake_fd, -1
+        os.close(fd)
