@@ -320,6 +320,8 @@ class AgentSession:
         drop it; `stderr` may be `MERGED`. After its exit, output that others still hold open is awaited for
         `linger` seconds (None: for ever). `keep`: it outlives the session. `timeout` is for its start.
         """
+        if isinstance(argv, str | bytes):
+            raise TypeError(f"a command is a list of words, as in ['sh', '-c', {argv!r}]")
         flags = (EXEC_TTY if tty else 0) | (EXEC_MERGE if stderr is MERGED and not tty else 0)
         flags |= (EXEC_NO_STDIN if stdin is None and not tty else 0) | (EXEC_KEEP if keep else 0)
         rows, columns = tty or (0, 0)

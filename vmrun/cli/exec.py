@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vmrun.run.command import Command
 
 ANSWER_SECONDS = 30.0  # a guest that is just booting, or one of many clones, takes its time
+HINT_SECONDS = 3.0  # after which who waits is told what for
 START_SECONDS = 60.0  # for a guest whose kernel is interpreted, on a busy host
 COPY_LIMIT = 10 << 30  # bytes that a guest may put on the host with one cp
 
@@ -40,7 +41,8 @@ def exec(
       vmrun exec web -- uname -a
       vmrun exec -w /srv -u www-data web -- ls -l
 
-    The guest must have our agent, as machines of the guest kit have.
+    The guest must have our agent, as machines of the guest kit have. What the command leaves running in the
+    background ends with it.
     """
     from vmrun.cli import options
     from vmrun.run import command as commands
@@ -122,6 +124,8 @@ def _machine_path(text: str) -> tuple[str, str] | None:
 
 
 def _session(name: str) -> "AgentSession":
+    from threading import Timer
+
     from vmrun.agent.protocol import AgentGone
     from vmrun.control import runtime
     from vmrun.control.client import MachineClient
@@ -131,9 +135,16 @@ def _session(name: str) -> "AgentSession":
     with MachineClient(name) as machine:
         if machine.status().state == "paused":
             raise UserError(f"{name} is paused: vmrun resume {name}")
+    waits = f"vmrun: waiting for the agent in the guest of {name} ..."
+    hint = Timer(HINT_SECONDS, print, (waits,), {"file": sys.stderr})
+    hint.daemon = True
+    if sys.stderr.isatty():  # elsewhere stderr is the command's, byte for byte
+        hint.start()
     try:
         return open_session(directory, ANSWER_SECONDS)
     except (AgentGone, UserError) as error:
         raise UserError(
             f"{name}: {error}: is there an agent in its guest? (docs/agent.md)", EXIT_VMM
         ) from None
+    finally:
+        hint.cancel()

@@ -47,7 +47,10 @@ def parse(spec: str | Path, limits: Limits) -> Source:
     try:
         about = path.stat()
     except FileNotFoundError:
-        raise refused(f"image {path}: there is no such file or directory") from None
+        raise refused(
+            f"image {path}: there is no such file or directory "
+            "(nothing is fetched: of a registry's image give what `docker save` writes)"
+        ) from None
     if stat.S_ISDIR(about.st_mode):
         layout = (path / LAYOUT).is_file() and (path / INDEX).is_file()
         return Source("oci" if layout else "dir", path)
