@@ -15,7 +15,7 @@ import pytest
 
 from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import Header
-from tests.kvm.commands import good, refused
+from tests.kvm.commands import good, refused, vmrun
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_USAGE
@@ -326,6 +326,17 @@ def test_a_killed_vmm_leaves_no_snapshot(bare_kernel: Kernel, tmp_path: Path) ->
     start(bare_kernel(COUNT), "--disk", image, name="next")
     good("snapshot", "next", tmp_path / "s")
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name or "lock" in path.name]
+
+
+def test_who_boots_a_frozen_disk_is_warned(bare_kernel: Kernel, tmp_path: Path) -> None:
+    image = disk(tmp_path)
+    start(bare_kernel(COUNT), "--disk", image)
+    good("snapshot", "web", tmp_path / "s")
+    good("stop", "-f", "-w", "web")
+    kernel = bare_kernel("mov edx, 0x501; xor eax, eax; out dx, al; spin: jmp spin")
+    booted = [vmrun("boot", "--kernel", kernel, "--disk", f"{image}{how}") for how in ("", ",throwaway")]
+    warned = ["x.1.qcow2 lies on it" in result.stderr for result in booted]
+    assert warned == [True, False], booted
 
 
 def test_a_killed_client_changes_nothing(bare_kernel: Kernel, tmp_path: Path) -> None:

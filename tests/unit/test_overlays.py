@@ -13,7 +13,14 @@ from devices.block.qcow2_create import create_qcow2
 from devices.block.qcow2_header import Header
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.disks import MachineDisk
-from vmrun.host.overlays import Overlays, close_overlays, create_overlay, free_name, named
+from vmrun.host.overlays import (
+    Overlays,
+    close_overlays,
+    create_overlay,
+    free_name,
+    images_above,
+    named,
+)
 from vmrun.machine.config import DiskConfig, VhostUserDisk
 
 MIB = 1 << 20
@@ -99,6 +106,23 @@ def test_who_gives_overlays_a_name_gets_a_chain(base: DiskConfig, tmp_path: Path
     disk = MachineDisk(given)
     assert len(disk.backing) == 1
     disk.close()
+
+
+def test_what_lies_on_an_image_is_found(base: DiskConfig, tmp_path: Path) -> None:
+    def above(name: str, below: Path) -> Path:
+        overlay = ["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", below, tmp_path / name]
+        subprocess.run(overlay, check=True)
+        return tmp_path / name
+
+    stem = base.path.stem
+    assert images_above(base.path) == []
+    one = above(f"{stem}.1.qcow2", base.path)
+    two, web = above(f"{stem}.2.qcow2", one), above(f"{stem}.web.qcow2", base.path)
+    (tmp_path / f"{stem}.3.qcow2").write_bytes(b"no image")
+    os.mkfifo(tmp_path / f"{stem}.4.qcow2")
+    assert images_above(base.path) == [one, web]
+    assert images_above(one) == [two]
+    assert images_above(two) == []
 
 
 def test_a_taken_name_is_never_overwritten(

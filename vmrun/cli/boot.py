@@ -78,7 +78,7 @@ def boot(
     """
     from vmrun.cli import options
     from vmrun.host.console import Console
-    from vmrun.machine.config import MachineConfig
+    from vmrun.machine.config import DiskConfig, MachineConfig
 
     config = MachineConfig(
         memory=options.parse_memory("--mem", mem),
@@ -96,6 +96,9 @@ def boot(
     if cdrom is not None and not cdrom.exists():
         raise UserError(f"--cdrom {cdrom}: no such file", EXIT_IMAGE)
     seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+    for each in config.disks:
+        if isinstance(each, DiskConfig) and not (each.read_only or each.throw_away):
+            _warn_of_images_above(each.path)
 
     if detach:
         return _boot_detached(config, name, seconds)
@@ -107,6 +110,17 @@ def boot(
     if outcome.code:
         print(f"vmrun: {outcome.reason}", file=sys.stderr)
     return outcome.code
+
+
+def _warn_of_images_above(disk: Path) -> None:
+    from vmrun.host.overlays import images_above
+
+    for above in images_above(disk):
+        print(
+            f"vmrun: disk {disk}: {above.name} lies on it, and maybe a snapshot: writing destroys them. "
+            f"Boot {above.name}, or add ,throwaway",
+            file=sys.stderr,
+        )
 
 
 def _boot_detached(config: "MachineConfig", name: str | None, timeout: float | None) -> int:

@@ -2,17 +2,17 @@
 
 Such a file is made without a name (open(2), O_TMPFILE). A throw-away one never gets any, so nothing is left
 of it whatever ends the machine; one that is to stay is given its name when all else is done
-(`vmrun.host.new_file.give_name`). It belongs to
-the machine over all its lives: a reset does not lose what the guest has written.
+(`vmrun.host.new_file.give_name`). It belongs to the machine over all its lives: a reset does not lose what
+the guest has written.
 """
 
 import os
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from devices.block.qcow2_header import MAX_BACKING_NAME
+from devices.block.qcow2_header import MAX_BACKING_NAME, Header
 from devices.errors import ImageError
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.disks import OpenDisk
@@ -53,9 +53,7 @@ def create_overlay(
 
 def free_name(base: Path, label: str = "") -> Path:
     """A file name beside `base` that nobody has: disk.qcow2 gives disk.1.qcow2, or disk.LABEL.qcow2."""
-    # What was made here before is told by its number, so that names do not grow from overlay to overlay.
-    stem, _, tail = base.stem.rpartition(".")
-    stem = stem if stem and tail.isdecimal() else base.stem
+    stem = _stem(base)
     candidates = [f"{stem}.{label}.qcow2"] if label else []
     number = 1
     while True:
@@ -65,6 +63,29 @@ def free_name(base: Path, label: str = "") -> Path:
                 return path
         candidates = [f"{stem}.{label}-{number + 1}.qcow2"] if label else []
         number += 1
+
+
+def _stem(base: Path) -> str:
+    # What was made here before is told by its number, so that names do not grow from overlay to overlay.
+    stem, _, tail = base.stem.rpartition(".")
+    return stem if stem and tail.isdecimal() else base.stem
+
+
+def images_above(base: Path) -> list[Path]:
+    """The images beside `base` that were named after it here and have it for their backing file. Whoever
+    writes to `base` destroys what is in them.
+    """
+    from glob import escape
+
+    found = []
+    for path in sorted(base.parent.glob(f"{escape(_stem(base))}.*.qcow2")):
+        with suppress(OSError, ImageError):
+            if path.is_file() and not path.samefile(base):
+                with open(path, "rb", buffering=0) as file:
+                    backing = Header(file.fileno()).backing_file
+                if backing is not None and base.samefile(path.parent / backing):
+                    found.append(path)
+    return found
 
 
 def close_overlays(disks: Sequence[AnyDisk]) -> None:
