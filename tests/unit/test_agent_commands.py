@@ -53,6 +53,11 @@ def test_exit_codes(code: int) -> None:
         assert (status.code, status.signal, status.exit_code) == (code, None, code)
 
 
+def test_a_command_line_is_no_list_of_words() -> None:
+    with session() as guest, pytest.raises(TypeError, match=r"\['sh', '-c', 'echo hi'\]"):
+        guest.exec("echo hi")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGPIPE])
 def test_death_by_signal(number: int) -> None:
     with session() as guest:
