@@ -18,15 +18,15 @@ import pytest
 
 from tests.conformance.conftest import conformance_guest, disks
 from tests.conformance.machines import Devices
-from tests.kvm.test_confined import ECHO, NAME, VMM, base, disk, expect
+from tests.kvm.test_confined import ECHO, NAME, VMM, disk, expect
 from vmrun.control import runtime
 from vmrun.control.client import MachineClient
 from vmrun.host.check import kvm_flavour
 from vmrun.machine import vmm_seccomp
 
-__all__ = ["base", "conformance_guest", "disks"]
+__all__ = ["conformance_guest", "disks"]
 
-pytestmark = [pytest.mark.slow, pytest.mark.by_hand]
+pytestmark = [pytest.mark.slow, pytest.mark.by_hand, pytest.mark.usefixtures("base")]
 
 Kernel = Callable[[str], Path]
 Work = Callable[[str | None], int]
