@@ -6,7 +6,9 @@ Also the network namespace that tests with taps live in.
 
 import ctypes
 import os
+import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +91,16 @@ def network_namespace() -> Iterator[None]:
                 pytest.exit("cannot leave the test's network namespace", returncode=3)
     finally:
         os.close(home)
+
+
+@pytest.fixture
+def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Where the test's machines have their runtime directories, and nobody else's; none outlives it."""
+    path = tmp_path / "run"
+    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    yield path
+    from vmrun.control import runtime
+
+    for pid in runtime.running().values():
+        os.kill(pid, signal.SIGKILL)

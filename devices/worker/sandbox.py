@@ -18,10 +18,6 @@ import sys
 
 from devices.worker import privileges, seccomp
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 PR_SET_PDEATHSIG = 1
 SIGKILL = 9
 

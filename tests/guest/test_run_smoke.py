@@ -1,13 +1,10 @@
 """`vmrun run` and `exec` in real guests, as short as it can be; test_run.py has the rest."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,16 +12,9 @@ import pytest
 from vmrun.control import runtime
 from vmrun.guestkit import kit
 
+pytestmark = pytest.mark.usefixtures("base")
+
 LOOK = "ls /root; date +%s; cat /sys/class/net/eth0/address; head -c 16 /dev/urandom | od -An -tx1"
-
-
-@pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "run"
-    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
-    yield path
-    for pid in runtime.running().values():
-        os.kill(pid, signal.SIGKILL)
 
 
 def vmrun(*arguments: str | Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from vmrun.control import runtime
 from vmrun.kvm import System, Vcpu, Vm, abi
 
 RAM_SIZE = 4 << 20
@@ -142,14 +141,3 @@ def kick_handler() -> Iterator[None]:
     before = signal.signal(signal.SIGRTMIN, lambda number, frame: None)
     yield
     signal.signal(signal.SIGRTMIN, before)
-
-
-@pytest.fixture
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Where the test's machines have their runtime directories, and nobody else's; none outlives it."""
-    path = tmp_path / "run"
-    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    yield path
-    for pid in runtime.running().values():
-        os.kill(pid, signal.SIGKILL)

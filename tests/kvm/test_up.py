@@ -25,14 +25,7 @@ COMMAND = [sys.executable, "-m", "vmrun"]
 
 Result = subprocess.CompletedProcess[str]
 
-
-@pytest.fixture(autouse=True)
-def base(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "run"
-    monkeypatch.setenv("VMRUN_RUNTIME", str(path))
-    yield path
-    for pid in runtime.running().values():
-        os.kill(pid, signal.SIGKILL)
+pytestmark = pytest.mark.usefixtures("base")
 
 
 @pytest.fixture(autouse=True)

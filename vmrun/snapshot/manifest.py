@@ -107,8 +107,7 @@ def _fingerprint(path: Path) -> str:
         while left and (piece := file.read(left)):
             digest.update(piece)
             left -= len(piece)
-        found: str = digest.hexdigest()
-        return found
+        return digest.hexdigest()
 
 
 def write(manifest: Manifest, directory: Path) -> None:

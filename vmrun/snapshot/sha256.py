@@ -4,12 +4,17 @@
 restored. The built-in module goes by another name from Python 3.12 on; it may be left out of a Python.
 """
 
-try:
-    from _sha2 import sha256  # type: ignore[import-not-found]
-except ImportError:
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hashlib import sha256
+else:
     try:
-        from _sha256 import sha256  # type: ignore[import-not-found]
+        from _sha2 import sha256
     except ImportError:
-        from hashlib import sha256
+        try:
+            from _sha256 import sha256
+        except ImportError:
+            from hashlib import sha256
 
 __all__ = ["sha256"]
