@@ -176,6 +176,38 @@ def test_a_button_that_was_not_enabled_is_no_driver(world: World) -> None:
     assert not world.line.level
 
 
+def ask_agent(world: World) -> Callable[[bool], None]:
+    """Have the machine's agent asked for a shutdown; returns what takes its answer."""
+    asked: list[tuple[bool, Callable[[bool], None]]] = []
+
+    def ask(reboot: bool, done: Callable[[bool], None]) -> bool:
+        asked.append((reboot, done))
+        return True
+
+    world.shutdown.ask_agent = ask
+    world.shutdown.request(143, "stopped")
+    ((reboot, done),) = asked
+    assert not reboot and world.loop.timers == []
+    return done
+
+
+def test_an_agent_that_took_the_request_gets_two_minutes(world: World) -> None:
+    ask_agent(world)(True)
+    world.loop.advance(119)
+    assert world.stopped == []
+    assert world.shutdown.expected
+    world.loop.advance(2)
+    assert world.codes == [143]
+
+
+def test_an_agent_that_goes_away_may_do_so_because_the_guest_ends(world: World) -> None:
+    ask_agent(world)(False)
+    world.loop.advance(2.9)
+    assert world.stopped == []
+    world.loop.advance(0.2)
+    assert world.codes == [143]
+
+
 def test_a_guest_that_shuts_down_by_itself_gets_three_seconds(world: World) -> None:
     world.driver()
     world.acknowledge(VMMCI_SHUTDOWN)

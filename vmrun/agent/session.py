@@ -294,7 +294,9 @@ class AgentSession:
 
     def poweroff(self, *, reset: bool = False, timeout: float | None = 60.0) -> None:
         """Sync and end the machine. Returns when the agent has begun; the session ends with the machine."""
-        self._start("power off", protocol.OP_POWER, struct.pack("<I", int(reset)), None, None, None, timeout)
+        how = struct.pack("<I", int(reset))
+        # It waits for the end of its input: a guest that ends at once may never send its reply.
+        self._start("power off", protocol.OP_POWER, how, b"", None, None, timeout).join_input()
 
     def exec(
         self,

@@ -67,7 +67,11 @@ class Shutdown:
         if done:
             self._heard()
         else:
-            self._stop(self._code, "the guest's agent did not take the request to shut down")
+            # A guest that goes down takes its ports away, perhaps before the agent's answer came through.
+            self._wait(ACKNOWLEDGE_SECONDS, self._agent_refused)
+
+    def _agent_refused(self) -> None:
+        self._stop(self._code, "the guest's agent did not take the request to shut down")
 
     def _look_at_button(self) -> None:
         if self._acpi_pm.status & POWER_BUTTON:

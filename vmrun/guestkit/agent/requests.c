@@ -245,7 +245,7 @@ static void handle_request(uint16_t channel, const uint8_t *bytes, uint32_t size
 		if (!settings.guest)
 			reply(channel, EPERM, 0, NULL, 0);
 		else
-			start_function(channel, do_power, &how, EXEC_NO_STDIN);
+			start_function(channel, do_power, &how, 0);
 		break;
 	case OP_SYNC:
 		start_function(channel, do_sync, NULL, EXEC_NO_STDIN);

@@ -160,7 +160,11 @@ int do_sync(void *unused)
 int do_power(void *how)
 {
 	int command = *(int *)how == POWER_RESET ? RB_AUTOBOOT : RB_POWER_OFF;
+	char nothing[16];
 
+	/* At its end the kernel resets the port, with all that is still to go out of it: the reply goes first. */
+	while (read(0, nothing, sizeof nothing) > 0)
+		;
 	sync();
 	/* Fails with EBUSY while files are open for writing; then the sync has to do. */
 	mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
