@@ -1,12 +1,17 @@
 """How a Linux guest's end becomes vmrun's exit code."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.guest.conftest import Transcript, boot
+from vmrun import Machine, MachineConfig
+from vmrun.control.client import Ending
 from vmrun.errors import EXIT_PANIC, EXIT_TIMEOUT
+from vmrun.guestkit import kit
 
 
 @pytest.mark.timeout(200)
@@ -30,3 +35,20 @@ def test_the_timeout_ends_the_machine(check_initramfs: Path) -> None:
     result = boot("--initrd", check_initramfs, timeout=1)
     assert result.code == EXIT_TIMEOUT
     assert "timed out after 1 s" in result.stderr
+
+
+@pytest.mark.usefixtures("base")
+def test_a_guest_whose_disks_are_idle_is_not_gone_before_its_agent_answers(
+    guest_kit: kit.GuestKit, tmp_path: Path
+) -> None:
+    """Nothing is to be synced here, so the agent's answer and the guest's end are a race; again and again."""
+    saved = tmp_path / "saved"
+    with Machine.boot(MachineConfig(initrd=guest_kit.initramfs), name="idle") as machine:
+        # Its command waits until there is an agent.
+        words = ["exec", "idle", "--", "/bin/busybox", "true"]
+        subprocess.run([sys.executable, "-m", "vmrun", *words], check=True, timeout=200)
+        machine.snapshot(saved, end=True)
+    for _ in range(8):
+        with Machine.restore(saved) as machine:
+            # It is not yet told who it is, and perhaps does not hold still yet, which a restore begins with.
+            assert machine.stop(timeout=100) == Ending(0, "the guest reset the machine")

@@ -7,7 +7,9 @@ whether it was done.
 
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vmrun.agent.protocol import AgentError, AgentRefused
@@ -25,46 +27,75 @@ NEW_ADDRESS = (
 )
 
 Work = Callable[["AgentSession"], None]
+Done = Callable[[bool], None]
 
 
-def listens(links: Sequence[PortLink]) -> bool:
-    """Whether the guest has an agent that waits at one of its ports."""
-    return _waiting(links) is not None
-
-
-def talk(loop: EventLoop, links: Sequence[PortLink], work: Work, done: Callable[[bool], None]) -> None:
-    """Have `work` done in a session with the guest's agent, and tell `done` on the loop whether it was. Main
-    loop's thread.
+class GuestAgent:
+    """What the VMM itself has the agent behind `links` do, one thing after another. Its methods are the main
+    loop's.
     """
-    link = _waiting(links)
-    if link is None:
-        done(False)
-        return
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    link.connect(theirs)
 
-    def converse() -> None:
-        worked = False
+    def __init__(self, loop: EventLoop, links: Sequence[PortLink]) -> None:
+        self._loop = loop
+        self._links = links
+        self._tasks: deque[tuple[Work, Done]] = deque()
+        self._talking = False
+
+    @property
+    def listens(self) -> bool:
+        """Whether there is an agent that waits at a port, or is being talked to."""
+        return self._talking or self._free is not None
+
+    @property
+    def _free(self) -> PortLink | None:
+        return next((link for link in self._links if link.free and link.port.guest_open), None)
+
+    def talk(self, work: Work, done: Done) -> None:
+        """Have `work` done in a session, after what was asked for before, and tell `done` whether it was."""
+        self._tasks.append((work, done))
+        if not self._talking:
+            self._begin()
+
+    def _begin(self) -> None:
+        link = self._free
+        if link is None:
+            tasks, self._tasks = self._tasks, deque()
+            for _, done in tasks:
+                done(False)
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        link.connect(theirs)
+        self._talking = True
+        threading.Thread(target=self._converse, args=(ours,), name="agent", daemon=True).start()
+
+    def _converse(self, connection: socket.socket) -> None:
+        """On a thread. A task is taken before anything can go wrong, or it would be tried for ever."""
+        taken, worked = [self._tasks.popleft()], 0
         try:
             from vmrun.agent.session import AgentSession  # most guests have no agent
 
-            with AgentSession(ours) as session:
+            with AgentSession(connection) as session:
                 session.hello(ANSWER_SECONDS)
-                work(session)
-                worked = True
+                while worked < len(taken):
+                    work, _ = taken[worked]
+                    work(session)
+                    worked += 1
+                    if self._tasks:
+                        taken.append(self._tasks.popleft())
         except (AgentError, OSError) as error:
             import logging  # here: it is rare, and every start would pay
 
             logging.getLogger(__name__).warning("the guest's agent: %s", error)
         finally:
-            # Clients may be kept waiting for it, whatever goes wrong here.
-            loop.call_soon(lambda: done(worked))
+            # Clients may be kept waiting for it, whatever goes wrong here; and the port is theirs now.
+            self._loop.call_soon(partial(self._over, [done for _, done in taken], worked))
 
-    threading.Thread(target=converse, name="agent", daemon=True).start()
-
-
-def _waiting(links: Sequence[PortLink]) -> PortLink | None:
-    return next((link for link in links if link.free and link.port.guest_open), None)
+    def _over(self, told: list[Done], worked: int) -> None:
+        self._talking = False
+        for number, done in enumerate(told):
+            done(number < worked)
+        if self._tasks and not self._talking:
+            self._begin()
 
 
 def greet(macs: Sequence[tuple[str, str]]) -> Work:

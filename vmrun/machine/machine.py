@@ -47,7 +47,7 @@ from vmrun.machine.config import DiskConfig, MachineConfig, VhostUserDisk
 from vmrun.machine.cpuid import vcpu_leaves
 from vmrun.machine.loop import EventLoop
 from vmrun.machine.memory import Ram
-from vmrun.machine.pause import Pause
+from vmrun.machine.pause import RESUMED, Pause
 from vmrun.machine.serial import ConsoleLike, SerialLink
 from vmrun.machine.shutdown import Shutdown
 from vmrun.machine.vcpu import GuestHalted, VcpuThread, allow_kicks, set_boot_state, set_common_state
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from devices.vhost.frontend import VhostUserDevice
     from devices.virtio.console_ports import Port
     from vmrun.boot.firmware import Firmware
+    from vmrun.machine.agent import GuestAgent
     from vmrun.machine.mounts import SharedDirectory
     from vmrun.machine.ports import PortListener
     from vmrun.machine.workers import SupervisedWorker
@@ -411,7 +412,9 @@ class Machine:
         return self.outcome or Outcome(EXIT_VMM, "the main loop ended for no reason")
 
     def _restored(self, error: str | None) -> None:
-        """What was restored holds still."""
+        """What was restored holds still. Or it runs: it was to stop, or to go on, before it did."""
+        if error == RESUMED:
+            return
         if error is not None:
             self.end(EXIT_VMM, error)
         elif self._saved is not None and not self._saved.hold:
@@ -421,22 +424,30 @@ class Machine:
         """`listener` leads to the agent's ports. A restored guest that has one is told who it is now, before
         anybody else is let in, unless somebody else does that. Before `run`.
         """
-        links = listener.links
+        guest: list[GuestAgent] = []
+
+        def agent() -> GuestAgent:
+            from vmrun.machine.agent import GuestAgent  # most machines end without
+
+            if not guest:
+                guest.append(GuestAgent(self.loop, listener.links))
+            return guest[0]
+
         saved = self._saved
         if saved is not None and saved.greet:
-            from vmrun.machine import agent
+            from vmrun.machine.agent import greet
 
-            greeting = agent.greet(list(zip(saved.macs, self.macs(), strict=True)))
+            greeting = greet(list(zip(saved.macs, self.macs(), strict=True)))
             listener.hold()
             # Not now: a machine that is held may not go on for hours, and no agent answers before.
-            self.pause.on_resume(lambda: agent.talk(self.loop, links, greeting, lambda _: listener.admit()))
+            self.pause.on_resume(lambda: agent().talk(greeting, lambda _: listener.admit()))
 
         def ask(reboot: bool, done: Callable[[bool], None]) -> bool:
-            from vmrun.machine import agent  # most machines end without
-
-            if not agent.listens(links):
+            if not agent().listens:
                 return False
-            agent.talk(self.loop, links, agent.shut_down(reboot=reboot), done)
+            from vmrun.machine.agent import shut_down
+
+            agent().talk(shut_down(reboot=reboot), done)
             return True
 
         self.shutdown.ask_agent = ask

@@ -19,7 +19,8 @@ from vmrun.machine.vcpu import VcpuThread
 # A vCPU may be waiting for a worker, which has ten seconds for each answer (devices.vhost.frontend).
 PAUSE_SECONDS = 12.0
 
-Done = Callable[[str | None], None]  # gets None, or why it did not work
+RESUMED = "it was resumed meanwhile"
+Done = Callable[[str | None], None]  # gets None, or why it did not work; RESUMED if somebody let it go on
 
 
 class Devices(Protocol):
@@ -141,7 +142,7 @@ class Pause:
         """Let the machine go on: the devices, then the vCPUs. What was given to `do` is done first."""
         if self._missing:
             self._loop.cancel(self._timer)
-        self._let_go("it was resumed meanwhile")
+        self._let_go(RESUMED)
 
     def on_resume(self, callback: Callable[[], None]) -> None:
         """Have `callback` called once, on the main loop, when the machine goes on for the next time."""
@@ -169,4 +170,4 @@ class Pause:
         waiting, self._waiting = self._waiting, []
         for done in waiting:
             # Who was told before may have resumed it.
-            done("it was resumed meanwhile" if error is None and not self.paused else error)
+            done(RESUMED if error is None and not self.paused else error)
