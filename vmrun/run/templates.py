@@ -43,6 +43,7 @@ SAME = ("image", "kernel", "memory", "cpus", "nics", "mounts")
 SETTLE_PAUSE = 0.1
 SETTLE_LOOKS = 5
 SETTLE_SECONDS = 10.0
+_HOME = Path(vmrun.__file__).parent.parent  # where this vmrun is installed
 STATE_MODULES = ("devices", "vmrun/machine", "vmrun/kvm", "vmrun/snapshot")
 
 
@@ -111,10 +112,9 @@ def _processor() -> list[Any]:
 
 def _code() -> list[Any]:
     """What vmrun itself is: of a checkout the version says too little."""
-    root = Path(vmrun.__file__).parent.parent
     newest = 0
     for folder in STATE_MODULES:
-        for directory, _, files in os.walk(root / folder):
+        for directory, _, files in os.walk(_HOME / folder):
             for name in files:
                 if name.endswith(".py"):
                     newest = max(newest, os.stat(os.path.join(directory, name)).st_mtime_ns)
@@ -162,6 +162,7 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
             "cpus": spec.cpus,
             "nics": len(spec.nics),
             "mounts": [each.read_only for each in spec.mounts],
+            "home": os.fspath(_HOME),
             "created": time.time(),
             "seconds": time.monotonic() - began,
         }
@@ -174,10 +175,18 @@ def find_or_make(name: str, spec: SandboxSpec, image: Image, parts: Parts, progr
     if made is None:
         raise UserError(f"{path}: damaged: remove it", EXIT_VMM)
     for other in templates():
-        # What the same options meant before vmrun, the image or the processor changed.
-        if other.key != name and all(other.facts.get(each) == made.facts.get(each) for each in SAME):
+        if other.key != name and _replaces(made, other):
             remove(other.key)
     return made
+
+
+def _replaces(made: Template, other: Template) -> bool:
+    """Whether `other` is what the same options meant before vmrun, the image or the processor changed. One of
+    another installation that is still there is that one's.
+    """
+    home = str(other.facts.get("home", ""))
+    theirs = home != made.facts.get("home") and os.path.isdir(home)
+    return not theirs and all(other.facts.get(each) == made.facts.get(each) for each in SAME)
 
 
 def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, tell: Callable[[str], None]) -> None:
