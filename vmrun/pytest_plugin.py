@@ -49,10 +49,6 @@ def _options(node: pytest.Item) -> dict[str, Any]:
     for name in ("image", "kernel"):
         if str(given.get(name, "")).startswith("."):
             given[name] = node.path.parent / str(given[name])
-    if isinstance(given.get("memory"), str):
-        from vmrun.cli.options import parse_memory
-
-        given["memory"] = parse_memory("memory", given["memory"])
     if given.get("kernel") is not None:
         from pathlib import Path
 

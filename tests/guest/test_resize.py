@@ -13,7 +13,7 @@ from vmrun.host.console import Console
 from vmrun.machine.config import MIB, DiskConfig, MachineConfig
 from vmrun.machine.machine import Machine
 
-READY = b"vmrun:/root#"
+READY = b"vm:/root#"
 TOLD = b"detected capacity change from 32768 to 131072"
 
 

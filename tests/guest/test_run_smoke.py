@@ -47,6 +47,13 @@ def test_a_machine_is_visited_saved_cloned_and_stopped(tmp_path: Path, count: in
         # It takes its time to boot; the agent is waited for ten seconds each time.
         if vmrun("exec", "web", "--", "touch", "/root/there").returncode == 0:
             break
+    # What is left to itself prints to the console, and outlives who started it.
+    script = "echo left at $(hostname); exec sleep 1000"
+    assert vmrun("exec", "-d", "web", "--", "sh", "-c", script).returncode == 0
+    while b"left at web" not in vmrun("log", "web").stdout:
+        time.sleep(0.1)
+    assert vmrun("exec", "web", "--", "pidof", "sleep").returncode == 0
+    assert vmrun("exec", "-d", "web", "--", "no-such-program").returncode == 127
     assert vmrun("snapshot", "web", tmp_path / "saved").returncode == 0
     clones = [f"c-{number}" for number in range(1, count + 1)]
     done = vmrun("clone", tmp_path / "saved", "-n", str(count), "--name", "c")

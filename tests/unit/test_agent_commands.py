@@ -331,13 +331,17 @@ def test_kill_takes_the_family() -> None:
             eventually(lambda pid=pid: not alive(pid))  # type: ignore[misc]
 
 
-def test_end_of_the_session_kills_orphans_but_what_is_kept() -> None:
+def test_end_of_the_session_kills_orphans_but_what_is_kept(tmp_path: Path) -> None:
+    script = "while ! test -e go; do sleep 0.05; done; echo words && touch said; exec sleep 1000"
     with session() as guest:
         orphan = int(output_of(guest, "sh", "-c", "setsid sleep 1000 >/dev/null 2>&1 & echo $!"))
-        kept = guest.exec(["sleep", "1000"], env=ENV, keep=True).pid
+        kept = guest.exec(["sh", "-c", script], env=ENV, cwd=str(tmp_path), keep=True).pid
         lost = guest.exec(["sleep", "1000"], env=ENV).pid
         assert alive(orphan)
     eventually(lambda: not alive(orphan) and not alive(lost))
+    (tmp_path / "go").touch()
+    # What it prints is not what it dies of, though nobody has its output.
+    eventually((tmp_path / "said").exists)
     assert alive(kept)
     os.kill(kept, signal.SIGKILL)
 

@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 from vmrun.cli.options import (
     MountOption,
     parse_disk,
-    parse_duration,
     parse_mount,
     parse_nic,
-    parse_size,
     split_commas,
 )
 from vmrun.errors import EXIT_USAGE, UserError
 from vmrun.machine.config import DiskConfig, Mount, NicConfig
+from vmrun.units import parse_duration, parse_size
 
 
 @given(st.lists(st.text(st.sampled_from("ab,="), min_size=1).filter(lambda part: part[0] != ","), min_size=1))

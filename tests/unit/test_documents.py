@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vmrun import errors
+from vmrun import errors, units
 from vmrun.cli import app, declare, fast_path, options
 from vmrun.cli.exec import exec
 from vmrun.cli.run_command import run
@@ -110,9 +110,9 @@ def test_every_command_line_parses(words: list[str]) -> None:
             if isinstance(text, str) and "{" not in text:
                 parse(text)
     if isinstance(values.get("timeout"), str) and "$" not in values["timeout"]:
-        options.parse_duration("--timeout", values["timeout"])
+        units.parse_duration("--timeout", values["timeout"])
     if isinstance(values.get("mem"), str):
-        options.parse_size("--mem", values["mem"])
+        units.parse_size("--mem", values["mem"])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name)

@@ -15,7 +15,7 @@ from devices.block.qcow2_create import create_qcow2
 from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.host.disks import MachineDisk
 from vmrun.host.new_file import open_unnamed
-from vmrun.machine import agent
+from vmrun.machine.agent import GuestAgent
 from vmrun.machine.config import DiskConfig, MachineConfig, Mount
 from vmrun.machine.config_json import describe_config
 from vmrun.machine.control import MachineControl
@@ -262,7 +262,7 @@ def test_while_a_snapshot_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_restored_guest_is_greeted_when_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     talks: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(agent, "talk", lambda *arguments: talks.append(arguments))
+    monkeypatch.setattr(GuestAgent, "talk", lambda *arguments: talks.append(arguments))
     doors: list[str] = []
     listener: Any = SimpleNamespace(
         links=[], hold=lambda: doors.append("closed"), admit=lambda: doors.append("open")
@@ -280,7 +280,7 @@ def test_a_restored_guest_is_greeted_when_it_goes_on(monkeypatch: pytest.MonkeyP
     assert talks == [] and soon == []
     (begin,) = resumed
     begin()
-    ((_, _, _, done),) = talks
+    ((_, _, done),) = talks
     # Nobody finds a guest that still takes itself for another.
     assert doors == ["closed"]
     done(True)

@@ -320,7 +320,8 @@ class AgentSession:
         a terminal, whose output is stdout. `stdin`: a file descriptor, bytes, an iterable of bytes, or None
         for /dev/null. `stdout`, `stderr`: a file descriptor, a function, a `Capture`, `PULL`, or None to
         drop it; `stderr` may be `MERGED`. After its exit, output that others still hold open is awaited for
-        `linger` seconds (None: for ever). `keep`: it outlives the session. `timeout` is for its start.
+        `linger` seconds (None: for ever). `keep`: it outlives the session, and prints to the guest's console;
+        `stdout` and `stderr` get nothing. `timeout` is for its start.
         """
         if isinstance(argv, str | bytes):
             raise TypeError(f"a command is a list of words, as in ['sh', '-c', {argv!r}]")

@@ -76,12 +76,13 @@ def boot(
     On a terminal, Ctrl-A x stops the machine, Ctrl-A Ctrl-A sends a Ctrl-A, Ctrl-A h is help. A comma inside
     a path is written twice. Exit codes: see docs/guide.md.
     """
+    from vmrun import units
     from vmrun.cli import options
     from vmrun.host.console import Console
     from vmrun.machine.config import DiskConfig, MachineConfig
 
     config = MachineConfig(
-        memory=options.parse_memory("--mem", mem),
+        memory=units.parse_memory("--mem", mem),
         cpus=cpus,
         kernel=kernel,
         initrd=initrd,
@@ -95,7 +96,7 @@ def boot(
     )
     if cdrom is not None and not cdrom.exists():
         raise UserError(f"--cdrom {cdrom}: no such file", EXIT_IMAGE)
-    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+    seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
     for each in config.disks:
         if isinstance(each, DiskConfig) and not (each.read_only or each.throw_away):
             _warn_of_images_above(each.path)

@@ -61,8 +61,8 @@ def create(
       vmrun disk create --size 20G x.qcow2
       vmrun disk create --backing base.qcow2 over.qcow2
     """
-    from vmrun.cli.options import parse_size
     from vmrun.disk.create import create
+    from vmrun.units import parse_size
 
     size_bytes = parse_size("--size", size) if size is not None else None
     made = create(path, size_bytes, fmt, _cluster_size(cluster_size), base, base_format)
@@ -239,8 +239,8 @@ def resize(
     fmt: Format = None,
 ) -> int:
     """Make a disk larger. What is new reads as zeroes."""
-    from vmrun.cli.options import parse_size
     from vmrun.disk.resize import resize
+    from vmrun.units import parse_size
 
     made = resize(path, parse_size("SIZE", size.removeprefix("+")), size.startswith("+"), fmt)
     print(f"{path}: {human_size(made)}")
@@ -265,7 +265,7 @@ def printable(text: str) -> str:
 def _cluster_size(text: str | None) -> int | None:
     if text is None:
         return None
-    from vmrun.cli.options import parse_size
+    from vmrun.units import parse_size
 
     return int(text) if text.isdecimal() and len(text) < 10 else parse_size("--cluster-size", text)
 

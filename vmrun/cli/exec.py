@@ -34,23 +34,31 @@ def exec(
         str | None, Option(metavar="TIME", help="End it after this long, as in 90s: exit code 68.")
     ] = None,
     terminal: Annotated[bool, Option("--terminal", "-t", help="Give it your terminal.")] = False,
+    detach: Annotated[
+        bool,
+        Option("--detach", "-d", help="Return once it runs, and let it run on; it prints to the console."),
+    ] = False,
 ) -> int:
     """Run a command in a running machine, with its exit code.
 
     \b
       vmrun exec web -- uname -a
       vmrun exec -w /srv -u www-data web -- ls -l
+      vmrun exec -d web -- httpd -f; vmrun log web
 
     The guest must have our agent, as machines of the guest kit have. What the command leaves running in the
-    background ends with it.
+    background ends with it, but for --detach.
     """
+    from vmrun import units
     from vmrun.cli import options
     from vmrun.run import command as commands
 
     environment = tuple(options.parse_environment(text) for text in env or ())
-    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+    seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
     wanted = commands.Command(tuple(command), environment, workdir, user, terminal)
-    return _run(name, wanted, seconds)
+    if detach and (terminal or timeout is not None):
+        raise UserError("--detach: leave out --terminal and --timeout: nobody stays to keep them")
+    return _run(name, wanted, seconds, detach)
 
 
 def shell(
@@ -95,7 +103,7 @@ def cp(
     return 0
 
 
-def _run(name: str, wanted: "Command", timeout: float | None) -> int:
+def _run(name: str, wanted: "Command", timeout: float | None, detach: bool = False) -> int:
     from functools import partial
 
     from vmrun.agent.process import Process
@@ -109,7 +117,11 @@ def _run(name: str, wanted: "Command", timeout: float | None) -> int:
         place = command.Place(execute, Process.wait, ImageConfig())
         try:
             deadline = float("inf") if timeout is None else time.monotonic() + timeout
-            outcome = command.run(place, wanted, deadline, timeout, Phases())
+            outcome = (
+                command.start(place, wanted)
+                if detach
+                else command.run(place, wanted, deadline, timeout, Phases())
+            )
         except AgentError as error:
             raise UserError(f"{name}: {error}", EXIT_VMM) from None
     if outcome.own or not outcome.started:

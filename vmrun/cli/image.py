@@ -51,9 +51,9 @@ def convert(
 
     One that is there already is not made again.
     """
-    from vmrun.cli.options import parse_size
     from vmrun.cli.progress import progress
     from vmrun.image import Limits, resolve
+    from vmrun.units import parse_size
 
     chosen: dict[str, int] = {}
     for name, size in (("size", max_size), ("metadata", max_metadata)):

@@ -58,8 +58,8 @@ def top(
     ] = "1s",
 ) -> int:
     """Watch the machines that run: q leaves. Prints once when the output is no terminal."""
-    from vmrun.cli.options import parse_duration
     from vmrun.cli.top import watch
+    from vmrun.units import parse_duration
 
     watch(parse_duration("--interval", interval))
     return 0
@@ -72,8 +72,8 @@ def wait(
     ] = None,
 ) -> int:
     """Wait until a machine has ended, and exit with its code."""
-    from vmrun.cli.options import parse_duration
     from vmrun.control.client import MachineClient, MachineGone, ending_of
+    from vmrun.units import parse_duration
 
     seconds = parse_duration("--timeout", timeout) if timeout is not None else None
     try:
@@ -275,8 +275,8 @@ def resize(
     size: Annotated[str, Argument(metavar="SIZE", help="What it is to have, as in 20G; no less than now.")],
 ) -> int:
     """Make a disk of a running machine larger; the guest sees it grow."""
-    from vmrun.cli.options import parse_size
     from vmrun.control.client import MachineClient
+    from vmrun.units import parse_size
 
     number = ord(disk[2]) - ord("a") if len(disk) == 3 and disk.startswith("vd") else -1
     if disk.isascii() and disk.isdecimal():

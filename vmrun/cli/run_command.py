@@ -107,6 +107,7 @@ def run(
     the command writes is thrown away, but for --copy-out, --keep, --disk and --mount. Codes of vmrun's own:
     64 usage, 65 no KVM, 66 image, 67 guest panic, 68 timeout, 69 guest out of memory, 70 vmrun or host.
     """
+    from vmrun import units
     from vmrun.cli import options
     from vmrun.run.phases import Phases
 
@@ -116,7 +117,7 @@ def run(
 
         if keep is not None or timeline is not None:
             raise UserError("--keep and --timeline are for one run: give one --kernel")
-        return run_each(kernel, options.parse_memory("--mem", mem), without_kernels(sys.argv[2:]))
+        return run_each(kernel, units.parse_memory("--mem", mem), without_kernels(sys.argv[2:]))
     from vmrun.cli.progress import Lazy
     from vmrun.control import vmm
     from vmrun.run import report
@@ -133,10 +134,10 @@ def run(
             user,
             terminal,
         )
-        seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+        seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
         ins = [_present(*options.parse_pair("--copy-in", text)) for text in copy_in or ()]
         outs = [options.parse_pair("--copy-out", text) for text in copy_out or ()]
-        memory = options.parse_memory("--mem", mem)
+        memory = units.parse_memory("--mem", mem)
         disks = [options.parse_disk(text) for text in disk or ()]
         deadline = float("inf")
 
@@ -156,7 +157,7 @@ def run(
                 disks=disks,
                 nics=options.parse_net(net, allow_host or (), allow_private),
                 mounts=_directories(mount or []),
-                quota=options.parse_size("--quota", quota),
+                quota=units.parse_size("--quota", quota),
                 confined=keep is None,
                 timeout=seconds,
                 fresh=fresh,

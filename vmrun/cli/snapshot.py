@@ -76,10 +76,11 @@ def restore(
     nics: tuple[NicConfig, ...] = ()
     seconds: float | None = None
     if nic or timeout is not None:
+        from vmrun import units
         from vmrun.cli import options
 
         nics = tuple(options.parse_nic(text) for text in nic or ())
-        seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+        seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
 
     def run(starter: "Detached | None" = None) -> "Outcome":
         from vmrun.control import session
@@ -136,14 +137,14 @@ def clone(
     Each has its own disks, which are thrown away at its end, its own taps (tap0 becomes tap0-1 and so on) and
     MACs, and holds only the memory that it touches. Prints their names.
     """
-    from vmrun.cli import options
+    from vmrun import units
     from vmrun.control import session
     from vmrun.host.overlays import close_overlays
     from vmrun.snapshot.restore import Snapshot
 
     if not 1 <= count <= MAX_CLONES:
         raise UserError(f"-n {count}: give 1 to {MAX_CLONES}")
-    seconds = options.parse_duration("--timeout", timeout) if timeout is not None else None
+    seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
 
     def start(saved: Snapshot, number: int) -> str:
         nics = _clone_nics(saved, nic or [], number)

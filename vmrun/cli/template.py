@@ -55,14 +55,14 @@ def build(
     cpus: Annotated[int, Option("--cpus", metavar="N", help="As for `vmrun run`.")] = 1,
 ) -> int:
     """Make a template ahead of the first run. Give the options of the runs to come. Prints its name."""
-    from vmrun.cli import options
+    from vmrun import units
     from vmrun.cli.progress import progress
     from vmrun.image import resolve
     from vmrun.run import templates
     from vmrun.run.guest import find_parts
     from vmrun.run.spec import SandboxSpec
 
-    spec = SandboxSpec(image, kernel, options.parse_memory("--mem", mem), cpus)
+    spec = SandboxSpec(image, kernel, units.parse_memory("--mem", mem), cpus)
     with progress() as teller:
         found, parts = resolve(image, teller), find_parts()
         key = templates.key(spec, found, parts)

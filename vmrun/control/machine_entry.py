@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vmrun import units
 from vmrun.cli import options
 from vmrun.control.machine_drafts import LISTS, Draft
 from vmrun.control.toml_document import Document
@@ -71,7 +72,7 @@ def _config(values: dict[str, Any]) -> MachineConfig:
     fields = {CONFIG_FIELDS.get(key, key): value for key, value in values.items()}
     try:
         if "mem" in values:
-            fields["memory"] = options.parse_memory("--mem", str(values["mem"]))
+            fields["memory"] = units.parse_memory("--mem", str(values["mem"]))
         return MachineConfig(**fields)
     except UserError as error:
         text = str(error)
@@ -166,7 +167,7 @@ def _without_option(message: str, option: str, text: str) -> str:
 def duration(document: Document, where: KeyPath, value: str | float) -> float | None:
     """Seconds, or None and a problem."""
     try:
-        return options.parse_duration("", str(value))
+        return units.parse_duration("", str(value))
     except UserError as error:
         document.problem(where, str(error).removeprefix(f" {value}: "))
         return None

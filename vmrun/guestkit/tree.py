@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _PROFILE = b"""\
-PS1='vmrun:\\w\\$ '
+PS1='\\h:\\w\\$ '
 export PS1
 """
 _PASSWD = b"root::0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"

@@ -110,7 +110,7 @@ def limit() -> int:
     chosen = os.environ.get("VMRUN_IMAGE_CACHE")
     if not chosen:
         return DEFAULT_LIMIT
-    from vmrun.cli.options import parse_size
+    from vmrun.units import parse_size
 
     return parse_size("VMRUN_IMAGE_CACHE", chosen)
 

@@ -39,6 +39,7 @@ def plan(config: MachineConfig, *, software_kvm: bool) -> BootPlan:
         if initrd is None and not config.disks:
             initrd = found.initramfs
         words = [found.disk_cmdline if config.disks and initrd is None else found.default_cmdline]
+        words.append(f"vmrun.host={config.name}")  # the kit's init and our agent take it; others never see it
         if config.cmdline:
             words.append(config.cmdline)
     if software_kvm:

@@ -109,6 +109,17 @@ def run(place: Place, command: Command, deadline: float, timeout: float | None, 
                 process.end(KILL_SECONDS)
 
 
+def start(place: Place, command: Command) -> Outcome:
+    """Have `command` run on without us; what it prints goes to the guest's console. Raises AgentError."""
+    try:
+        place.execute(
+            command.argv, env=_environment(command), cwd=command.workdir, user=command.user, keep=True
+        )
+    except AgentRefused as error:
+        return Outcome(error.exit_code, _refusal(error, command), started=False)
+    return Outcome(0, "it runs")
+
+
 def _environment(command: Command) -> dict[str, str]:
     given = dict(command.env)
     if command.tty and "TERM" in os.environ:

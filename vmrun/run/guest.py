@@ -65,6 +65,7 @@ def machine_config(spec: SandboxSpec, image: Image, parts: Parts) -> MachineConf
         "root=/dev/vda",
         f"rootfstype={image.file_system or 'ext4'}",
         "rw",
+        "vmrun.host=vmrun",  # of all clones alike: a name that resolves nowhere else is what tools expect
     ]
     return MachineConfig(
         memory=spec.memory,

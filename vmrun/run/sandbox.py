@@ -46,6 +46,7 @@ from vmrun.run.guest import (
 )
 from vmrun.run.phases import Phases
 from vmrun.run.spec import DEFAULT_MEMORY, DEFAULT_QUOTA, SandboxSpec, SharedDirectory
+from vmrun.units import parse_memory
 
 if TYPE_CHECKING:
     from vmrun.agent.process import Sink, Source
@@ -94,9 +95,9 @@ class Sandbox:
 
     `mounts` are directories of the host's that it shares, live, through virtiofsd. It may write `quota` bytes
     over the image. `confined`: its VMM gives up all it can, and the sandbox cannot be forked. `memory` is in
-    bytes. `timeout` ends the machine after so many seconds. `fresh` boots it instead of using
-    a template. The constructor returns when commands can be run; the first one for an image takes as long as
-    the guest boots. Raises UserError and OSError.
+    bytes, or as `--mem` takes it. `timeout` ends the machine after so many seconds. `fresh` boots it
+    instead of using a template. The constructor returns when commands can be run; the first one for an image
+    takes as long as the guest boots. Raises UserError and OSError.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Sandbox:
         image: str | Path = "kit",
         *,
         kernel: Path | None = None,
-        memory: int = DEFAULT_MEMORY,
+        memory: int | str = DEFAULT_MEMORY,
         cpus: int = 1,
         disks: Sequence[DiskConfig] = (),
         nics: Sequence[NicConfig] = (),
@@ -118,8 +119,9 @@ class Sandbox:
         phases: Phases | None = None,
         start: Start = vmm.spawn,
     ) -> None:
+        size = parse_memory("memory", memory) if isinstance(memory, str) else memory
         spec = SandboxSpec(
-            os.fspath(image), kernel, memory, cpus, tuple(disks), tuple(nics), tuple(mounts), quota, fresh
+            os.fspath(image), kernel, size, cpus, tuple(disks), tuple(nics), tuple(mounts), quota, fresh
         )
         directories = tuple(
             Mount(each.host.absolute(), MOUNT_TAG.format(index), each.read_only)

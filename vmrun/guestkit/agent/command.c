@@ -176,6 +176,14 @@ static int open_terminal(struct command *command, const struct job *job, int sta
 	return standard[0] < 0 ? -1 : 0;
 }
 
+/* What outlives its session would die of its output's pipe. In tests the console is not ours. */
+static int open_console(void)
+{
+	int fd = settings.guest ? open("/dev/console", O_WRONLY | O_NOCTTY | O_CLOEXEC) : -1;
+
+	return fd < 0 ? open("/dev/null", O_WRONLY | O_CLOEXEC) : fd;
+}
+
 static int open_streams(struct command *command, const struct job *job, int standard[3])
 {
 	if (job->flags & EXEC_TTY) {
@@ -188,6 +196,10 @@ static int open_streams(struct command *command, const struct job *job, int stan
 		standard[0] = null_fd;
 	else if (pipe_with(&command->input, &standard[0], true) < 0)
 		return -1;
+	if (job->flags & EXEC_KEEP) {
+		standard[1] = standard[2] = open_console();
+		return standard[1] < 0 ? -1 : 0;
+	}
 	if (output_pipe(0, &command->output[0].fd, &standard[1]) < 0)
 		return -1;
 	if (job->flags & EXEC_MERGE) {
