@@ -79,3 +79,18 @@ def test_a_machine_is_visited_saved_cloned_and_stopped(tmp_path: Path, count: in
     assert b"the guest reset the machine" in vmrun("log", "--vmm", "web").stdout
     assert vmrun("stop", "-f", "-w", *clones).returncode == 0
     subprocess.run(["qemu-img", "check", "-q", tmp_path / "disk.1.qcow2"], check=True)
+
+
+@pytest.mark.slow
+def test_nothing_of_an_image_runs_in_its_template(tmp_path: Path) -> None:
+    """Its machine is not confined: it saves itself. What the image's programs did would be in every clone."""
+    (tmp_path / "image/bin").mkdir(parents=True)
+    shutil.copyfile("/bin/busybox", tmp_path / "image/bin/busybox")
+    (tmp_path / "image/bin/busybox").chmod(0o755)
+    for name in ("sh", "true"):
+        path = tmp_path / "image/bin" / name
+        path.write_text("#!/bin/busybox sh\n/bin/busybox touch /ran\n")
+        path.chmod(0o755)
+    done = vmrun("run", "--image", tmp_path / "image", "--", "/bin/busybox", "ls", "/")
+    assert done.returncode == 0, done.stderr
+    assert b"bin" in done.stdout.split() and b"ran" not in done.stdout.split()

@@ -367,3 +367,17 @@ def test_a_killed_client_changes_nothing(bare_kernel: Kernel, command: list[str]
         process.kill()
         process.wait()
         eventually(lambda: client.inspect()["clients"] == before)
+
+
+def test_it_keeps_no_descriptor_of_whoever_started_it(bare_kernel: Kernel) -> None:
+    """The other end of a pipe of theirs is ended while the machine runs on."""
+    read_end, write_end = os.pipe()
+    with open(read_end, "rb") as theirs:
+        try:
+            command = [sys.executable, "-m", "vmrun", "boot", "-d", "--name", "web"]
+            command += ["--kernel", str(bare_kernel(COUNT))]
+            subprocess.run(command, pass_fds=(write_end,), check=True, timeout=60, stdout=subprocess.DEVNULL)
+        finally:
+            os.close(write_end)
+        assert select.select([theirs], [], [], 30)[0] and theirs.read() == b""
+    assert list(runtime.running()) == ["web"]

@@ -7,6 +7,7 @@ a line means that the VMM died. Of an owned machine there is a second line, abou
 in the other direction, whose end tells the VMM that its owner is gone, whatever became of that.
 """
 
+import fcntl
 import json
 import os
 import select
@@ -43,6 +44,19 @@ class Detached:
         os.dup2(fd, 1)
         os.dup2(fd, 2)
         os.close(fd)
+
+    def made(self) -> None:
+        """Everything is open. Close what we have of whoever started the command: shells, make and CI leave
+        descriptors open, which a guest that takes over this process would have, and which, the end of a pipe
+        say, somebody may wait for. What is ours is close-on-exec, as Python opens it; that it was there
+        before our last exec tells the other.
+        """
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            try:
+                if fd > 2 and not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC:
+                    os.close(fd)
+            except OSError:
+                pass  # it was the directory's
 
     def running(self, name: str) -> bool:
         """Tell that the machine runs. False when nobody is there to hear it."""

@@ -78,6 +78,9 @@ class _Unwatched:
         os.close(self._lock)
         self._starter.claimed(directory)
 
+    def made(self) -> None:
+        self._starter.made()
+
     def running(self, name: str) -> bool:
         self._starter.running(name)
         return True

@@ -29,6 +29,7 @@ class Starter(Protocol):
     owner_fd: int
 
     def claimed(self, directory: runtime.RuntimeDirectory) -> None: ...
+    def made(self) -> None: ...
     def running(self, name: str) -> bool: ...
 
 
@@ -161,6 +162,7 @@ class _Lives:
             )
         starter, self._told = (None if self._told else self._starter), True
         if starter is not None:
+            starter.made()
 
             def tell() -> None:
                 if not starter.running(self._config.name):

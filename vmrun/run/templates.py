@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import vmrun
 from vmrun.agent.process import Capture
-from vmrun.agent.protocol import AgentError, AgentRefused
+from vmrun.agent.protocol import AgentError
 from vmrun.agent.session import AgentSession
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.errors import EXIT_VMM, UserError
 from vmrun.guestkit import cache
 from vmrun.guestkit.progress import Progress, waiting
+from vmrun.host.cgroup import Group, find_place, machine_limits
 from vmrun.host.check import cpu_flags, kvm_flavour
 from vmrun.image.config import Image
 from vmrun.machine.config_json import describe_config
@@ -40,6 +41,16 @@ SNAPSHOT = "snapshot"
 FACTS = "template.json"
 # Facts that two templates share of which one is out of date.
 SAME = ("image", "kernel", "memory", "cpus", "nics", "mounts")
+# What is tried so that later commands find it in memory. The machine of a template must be able to save
+# itself, so it is not confined as those of runs are: of an image nothing may run in it, but only be read.
+KIT_COMMANDS = (["true"], ["sh", "-c", ":"])
+IMAGE_COMMANDS = (
+    [
+        *("/proc/1/exe", "--warm", "/bin/sh", "/bin/true", "/lib64/ld-linux-x86-64.so.2"),
+        *("/lib/x86_64-linux-gnu/libc.so.6", "/lib64/libc.so.6", "/lib/ld-musl-x86_64.so.1"),
+    ],
+)
+MAKE_SECONDS = 900.0  # for all of it
 SETTLE_PAUSE = 0.1
 SETTLE_LOOKS = 5
 SETTLE_SECONDS = 10.0
@@ -194,7 +205,10 @@ def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, tell: Calla
     tell("starting a machine")
     with ExitStack() as stack:
         # Not by a fork: whoever makes templates may have threads, if only for a progress bar.
-        owned = vmm.spawn(vmm.VmmRequest(config=machine_config(spec, image, parts)))
+        config = machine_config(spec, image, parts)
+        limits = machine_limits(spec.memory, spec.cpus, workers=1)
+        group = stack.enter_context(Group("template", limits, find_place()))
+        owned = vmm.spawn(vmm.VmmRequest(config=config, cgroup=group.path, timeout=MAKE_SECONDS))
         stack.callback(_forget_logs, owned)
         stack.enter_context(owned)
         owned.wait_until_running()
@@ -204,7 +218,7 @@ def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, tell: Calla
             tell("trying commands")
             session.sync()
             # So that the first command finds in memory what every command needs.
-            _warm_up(session)
+            _warm_up(session, KIT_COMMANDS if spec.image == "kit" else IMAGE_COMMANDS)
             # A slow boot loses time, which each clone would have to be given.
             session.set_time()
             session.close()
@@ -214,13 +228,10 @@ def _make(into: Path, spec: SandboxSpec, image: Image, parts: Parts, tell: Calla
                 machine.snapshot(into / SNAPSHOT, end=True)
 
 
-def _warm_up(session: AgentSession) -> None:
-    """Twice: the second time the guest has made what the first needed. An image may have no such program."""
-    for argv in 2 * (["true"], ["sh", "-c", ":"]):
-        try:
-            session.exec(argv, stdout=Capture(0), stderr=Capture(0)).wait(BOOT_SECONDS)
-        except AgentRefused:
-            pass
+def _warm_up(session: AgentSession, commands: Sequence[list[str]]) -> None:
+    """Twice: the second time the guest has made what the first needed."""
+    for argv in (*commands, *commands):
+        session.exec(argv, stdout=Capture(0), stderr=Capture(0)).wait(BOOT_SECONDS)
 
 
 def _settle(machine: MachineClient) -> None:

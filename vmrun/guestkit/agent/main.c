@@ -4,6 +4,7 @@
  *   vmrun-agent --init [PROGRAM ARGUMENT...]   PID 1: prepares the system; then serves alone, or serves in a
  *                                              child and becomes PROGRAM, the image's own init
  *   vmrun-agent                                beside an init that runs already; as PID 1 the same as --init
+ *   vmrun-agent --warm [FILE...]               only reads the files; not as PID 1
  *   vmrun-agent --fd N [--cgroup DIRECTORY]    serves the socket N and ends when it is closed: for tests
  */
 #include "agent.h"
@@ -18,6 +19,7 @@
 #include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <sys/statfs.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -26,6 +28,7 @@
 #define SLOTS_MAX 1040
 #define CGROUPS "/sys/fs/cgroup"
 #define CGROUP2_MAGIC_NUMBER 0x63677270
+#define WARM_BYTES (4 << 20) /* of each file: libraries have two */
 #define PORT_WAIT_MS 50 /* while there is no port */
 
 struct settings settings;
@@ -266,12 +269,35 @@ static void prepare_guest(void)
 	}
 }
 
+/* Brings files into the page cache: what a command needs, when nothing of the image may run yet. */
+static int warm(char **paths)
+{
+	static char nowhere[65536];
+	struct stat about;
+	off_t left;
+	int fd;
+
+	for (; *paths; paths++) {
+		/* A FIFO waits for its other end, and /dev/zero has none. */
+		fd = open(*paths, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+		if (fd < 0)
+			continue;
+		left = !fstat(fd, &about) && S_ISREG(about.st_mode) ? WARM_BYTES : 0;
+		while (left > 0 && read(fd, nowhere, sizeof nowhere) > 0)
+			left -= (off_t)sizeof nowhere;
+		close(fd);
+	}
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	char **init = NULL;
 	int fd = -1;
 
 	settings.init = getpid() == 1;
+	if (!settings.init && argc > 1 && !strcmp(argv[1], "--warm"))
+		return warm(argv + 2);
 	for (int at = 1; at < argc; at++) {
 		if (!strcmp(argv[at], "--fd") && at + 1 < argc) {
 			fd = atoi(argv[++at]);
