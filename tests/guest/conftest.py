@@ -6,6 +6,7 @@ its transcript.
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vmrun.guestkit import cpio, kit, tree
+from vmrun.guestkit import cache, cpio, kit, tree
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).with_name("programs")
+META_PACKAGE = "linux-image-cloud-amd64"
 HARD_LIMIT = 60.0  # seconds that vmrun may take beyond its own --timeout
 
 Build = Callable[[Sequence[Path], str], Path]
@@ -164,3 +166,31 @@ def run_checks(guest_kit: kit.GuestKit, check_initramfs: Path) -> Callable[..., 
         )
 
     return run
+
+
+def _image_package() -> str:
+    depends = subprocess.run(
+        ["apt-cache", "depends", META_PACKAGE], check=True, capture_output=True, text=True, env=_environment()
+    ).stdout
+    found = re.search(r"Depends: (linux-image-\S+)", depends)
+    assert found, depends
+    return found[1]
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C"}
+
+
+@pytest.fixture(scope="session")
+def cloud_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The vmlinuz of Debian's package, which is downloaded to the cache once."""
+    directory = cache.directory() / "debian"
+    directory.mkdir(parents=True, exist_ok=True)
+    package = _image_package()
+    if not list(directory.glob(f"{package}_*.deb")):
+        subprocess.run(["apt-get", "download", package], cwd=directory, check=True, env=_environment())
+    archive = max(directory.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
+    unpacked = tmp_path_factory.mktemp("debian")
+    subprocess.run(["dpkg-deb", "-x", archive, unpacked], check=True)
+    (kernel,) = (unpacked / "boot").glob("vmlinuz-*")
+    return kernel

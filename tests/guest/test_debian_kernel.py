@@ -4,48 +4,15 @@ QEMU.
 There it would take ten minutes and more to init, so the test looks at the console as far as the PCI bus.
 """
 
-import os
-import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.guest.conftest import boot
-from vmrun.guestkit import cache
 from vmrun.guestkit.kit import GuestKit
 
-META_PACKAGE = "linux-image-cloud-amd64"
 # Its periodic tick is what such a slow kernel can still keep up with; the high-resolution one is not.
 PARAMETERS = "console=ttyS0 earlyprintk=serial,ttyS0 highres=off nosoftlockup mitigations=off panic=-1"
-
-
-def _image_package() -> str:
-    depends = subprocess.run(
-        ["apt-cache", "depends", META_PACKAGE], check=True, capture_output=True, text=True, env=_environment()
-    ).stdout
-    found = re.search(r"Depends: (linux-image-\S+)", depends)
-    assert found, depends
-    return found[1]
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "LC_ALL": "C"}
-
-
-@pytest.fixture(scope="session")
-def cloud_kernel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The vmlinuz of Debian's package, which is downloaded to the cache once."""
-    directory = cache.directory() / "debian"
-    directory.mkdir(parents=True, exist_ok=True)
-    package = _image_package()
-    if not list(directory.glob(f"{package}_*.deb")):
-        subprocess.run(["apt-get", "download", package], cwd=directory, check=True, env=_environment())
-    archive = max(directory.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
-    unpacked = tmp_path_factory.mktemp("debian")
-    subprocess.run(["dpkg-deb", "-x", archive, unpacked], check=True)
-    (kernel,) = (unpacked / "boot").glob("vmlinuz-*")
-    return kernel
 
 
 @pytest.mark.slow
