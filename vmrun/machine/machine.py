@@ -71,6 +71,8 @@ SOFTWARE_KVM_NOTE = (
     "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), vmrun finishes what it "
     "leaves undone; programs run at full speed. See `vmrun doctor`"
 )
+# How often a restored guest's agent that does not take who it is now is told again, and after how long.
+GREET_AGAIN, GREET_AGAIN_SECONDS = 3, 1.0
 # What the guest's agent listens on: for so many callers at once.
 AGENT_PORT = "vmrun.agent.{}"
 AGENT_PORTS = 8
@@ -438,9 +440,20 @@ class Machine:
             from vmrun.machine.agent import greet
 
             greeting = greet(list(zip(saved.macs, self.macs(), strict=True)))
+
+            def tell(more: int) -> None:
+                def told(worked: bool) -> None:
+                    if worked or not more:
+                        listener.admit()
+                    else:
+                        # All clones of it would draw the same random numbers: a busy host is no reason.
+                        self.loop.call_later(GREET_AGAIN_SECONDS, lambda: tell(more - 1))
+
+                agent().talk(greeting, told)
+
             listener.hold()
             # Not now: a machine that is held may not go on for hours, and no agent answers before.
-            self.pause.on_resume(lambda: agent().talk(greeting, lambda _: listener.admit()))
+            self.pause.on_resume(lambda: tell(GREET_AGAIN))
 
         def ask(reboot: bool, done: Callable[[bool], None]) -> bool:
             if not agent().listens:
