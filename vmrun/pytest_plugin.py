@@ -68,4 +68,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if not console and _MACHINE in item.stash:
             console = item.stash[_MACHINE].console()
         if console:
-            report.sections.append(("vmrun console", console))
+            from vmrun.run.ending import printable
+
+            # It goes to the terminal, and into reports that programs read.
+            report.sections.append(("vmrun console", printable(console)))

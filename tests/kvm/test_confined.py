@@ -155,7 +155,10 @@ def test_every_thread_is_nobody_in_an_empty_place(bare_kernel: Kernel, tmp_path:
             (mount,) = (thread / "mounts").read_text().splitlines()
             assert mount.startswith("none / tmpfs ro,nosuid,nodev,noexec")
         limits = (Path("/proc") / str(process.pid) / "limits").read_text()
-        for limit in ("Max address space", "Max data size", "Max open files", "Max core file size"):
+        for limit in (
+            *("Max address space", "Max data size", "Max open files", "Max core file size"),
+            "Max file size",
+        ):
             (line,) = [line for line in limits.splitlines() if line.startswith(limit)]
             assert line[26:].split()[0] != "unlimited", line
 

@@ -23,6 +23,7 @@ from vmrun.guestkit.progress import Lines, waiting
 from vmrun.run import command as run_commands
 from vmrun.run import templates
 from vmrun.run.command import Outcome
+from vmrun.run.ending import SandboxEnded
 from vmrun.run.phases import Phases
 from vmrun.run.spec import SandboxSpec
 
@@ -178,6 +179,29 @@ def test_what_cannot_be_copied_out(
     assert (outcome.code, outcome.own) == (code, own)
     told = outcome.reason if own else capsys.readouterr().err
     assert str(error).removeprefix("[Errno 28] ") in told
+
+
+def test_the_guests_words_do_nothing_to_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    title = "\x1b]0;pwned\x07"
+    reasons = [AgentError(f"no {title}\nat all"), SandboxEnded(67, "panic", f"one\r\n\ttwo{title}\n")]
+    attempt = run_command._attempt
+
+    def fail(whole: object) -> Outcome:
+        def again() -> Outcome:
+            raise reasons.pop(0)
+
+        return attempt(again)
+
+    monkeypatch.setattr(run_command, "_attempt", fail)
+    assert run_command.run(["true"]) == errors.EXIT_VMM
+    assert capsys.readouterr().err == "vmrun: no \\x1b]0;pwned\\x07 at all\n"
+    assert run_command.run(["true"]) == errors.EXIT_PANIC
+    assert capsys.readouterr().err == "one\n\ttwo?]0;pwned?\nvmrun: panic\n"
+    run_command._tell_left_out([f"{title}\n\udcff: neither file, directory nor link"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.isprintable()
 
 
 class Told:

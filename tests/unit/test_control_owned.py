@@ -52,6 +52,7 @@ def test_a_machine_that_has_a_name() -> None:
         b'{"name": ["web"]}\n',
         b'{"code": "0", "reason": "done"}\n',
         b'{"code": 0, "reason": {}}\n',
+        b'{"code": 256, "reason": "done"}\n',  # 0 to a shell
         b'{"code": 0, "reason": "' + b"x" * 65500,
     ],
 )

@@ -26,7 +26,7 @@ class Sandbox:
             print(json.dumps({name: str(value) for name, value in options.items()}), file=file)
         if options.get("image") == "broken":
             error = OSError("no machine")
-            error.console = "words of a boot"
+            error.console = "words of a boot\\r\\n\\ta \\x1b]0;title\\x07line"
             raise error
     def console(self):
         return "words of the guest"
@@ -79,7 +79,7 @@ def test_the_nearest_marker_counts(tests: pytest.Pytester) -> None:
         "image": str(tests.path / "image.tar"),
         "cpus": "1",
         "timeout": "9.5",
-        "memory": str(1 << 30),
+        "memory": "1G",
         "kernel": "/boot/vmlinuz",
     }
 
@@ -101,7 +101,8 @@ def test_the_console_is_in_the_report_of_a_failure(tests: pytest.Pytester) -> No
 def test_the_console_of_a_machine_that_did_not_start(tests: pytest.Pytester) -> None:
     result = run(tests, "@pytest.mark.vmrun(image='broken')\ndef test_it(vm): pass\n")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["*vmrun console*", "words of a boot"])
+    result.stdout.fnmatch_lines(["*vmrun console*", "words of a boot", "*a [?]]0;title[?]line"])
+    assert "\x1b" not in result.stdout.str() and "\x07" not in result.stdout.str()
 
 
 def test_it_costs_nothing_unused() -> None:

@@ -177,7 +177,7 @@ def run(
             with phases.phase("end of the machine"):
                 sandbox.close()
     if outcome.own or not outcome.started:
-        print(f"vmrun: {outcome.reason}", file=sys.stderr)
+        _tell(outcome.reason)
     if timeline is not None:
         timeline.write_text(report.timeline(phases))
         print(report.table(phases), file=sys.stderr)
@@ -188,17 +188,25 @@ def run(
     return outcome.code
 
 
+def _tell(text: str) -> None:
+    """A line on stderr. The guest's agent may have chosen words in it."""
+    from vmrun.cli import one_line
+
+    print(f"vmrun: {one_line(UserError(text))}", file=sys.stderr)
+
+
 def _attempt(whole: "Callable[[], Outcome]") -> "Outcome":
     from vmrun.agent.protocol import AgentError
     from vmrun.cli import one_line
     from vmrun.run.command import Outcome
-    from vmrun.run.ending import SandboxEnded
+    from vmrun.run.ending import SandboxEnded, printable
 
     try:
         return whole()
     except SandboxEnded as error:
         if error.console.strip():
-            print(printable(error.console), file=sys.stderr)
+            lines = printable(error.console).rstrip().splitlines()
+            print("\n".join(lines[-CONSOLE_LINES:]), file=sys.stderr)
         return Outcome(error.code, str(error), own=True)
     except UserError as error:
         return Outcome(error.code, one_line(error), own=True)
@@ -239,7 +247,7 @@ def _use(
                 # The guest's own answer: what was named is not there, or is nothing to copy.
                 raise UserError(str(error)) from None
             # Why the command failed is why its file is not there.
-            print(f"vmrun: {error}", file=sys.stderr)
+            _tell(str(error))
     if keep is not None:
         with phases.phase("save"), MachineClient(sandbox.name) as machine:
             machine.snapshot(keep)
@@ -254,7 +262,7 @@ def _present(host: str, guest: str) -> tuple[str, str]:
 
 def _tell_left_out(names: list[str]) -> None:
     for name in names:
-        print("vmrun: left out:", name.replace("\n", "?"), file=sys.stderr)
+        _tell(f"left out: {name}")
 
 
 def _directories(texts: list[str]) -> "list[SharedDirectory]":
@@ -263,9 +271,3 @@ def _directories(texts: list[str]) -> "list[SharedDirectory]":
 
     wanted = [parse_mount(text) for text in texts]
     return [SharedDirectory(each.host, each.guest, each.read_only) for each in wanted]
-
-
-def printable(text: str) -> str:
-    """The guest's words for our terminal, without control characters that would do something to it."""
-    kept = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text.replace("\r", ""))
-    return "\n".join(kept.rstrip().splitlines()[-CONSOLE_LINES:])

@@ -17,9 +17,14 @@ from typing import Any
 
 from vmrun.control import runtime
 from vmrun.control.protocol import MAX_RESPONSE, Message, encode
-from vmrun.errors import EXIT_USAGE, EXIT_VMM, UserError
+from vmrun.errors import EXIT_VMM, UserError
 
 ANSWER_SECONDS = 15.0  # for commands that are done at once, and for a pause
+
+# What a status may say, of a VMM that was taken over: more than any machine has.
+MAX_PID = (1 << 31) - 1
+MAX_NUMBER = 1 << 62
+MAX_TEXT = 1 << 13
 
 
 class MachineGone(UserError):
@@ -207,8 +212,10 @@ class MachineClient:
                 raise
             if message.get("id") is None and not message.get("ok", True):
                 raise _refusal(message)  # to nobody's request: the connection was refused
-            if isinstance(message.get("id"), int):
-                self._answers[message["id"]] = message
+            answered = message.get("id")
+            # To what nobody asked is kept no answer: a VMM that was taken over could fill our memory.
+            if isinstance(answered, int) and 0 < answered <= self._next_id:
+                self._answers[answered] = message
         message = self._answers.pop(number)
         if not message.get("ok"):
             raise _refusal(message)
@@ -234,7 +241,7 @@ class MachineClient:
         line, _, self._input = self._input.partition(b"\n")
         try:
             message = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             message = None
         if not isinstance(message, dict):
             raise UserError(f"machine {self.name} answers nonsense", EXIT_VMM)
@@ -295,19 +302,59 @@ def ending_of(name: str) -> Ending | None:
 
 
 def _parse_status(result: Message) -> Status:
-    known = {key: result[key] for key in Status.__slots__ if key in result}
-    try:
-        return Status(**known)
-    except TypeError:
-        raise UserError("the machine's status is another version's", EXIT_VMM) from None
+    """Of a confined VMM this may be what its guest says, which took it over: numbers that are none must not
+    keep anybody from the list of the other machines, and words go to the user's terminal.
+    """
+    match result:
+        case {
+            "name": str(name),
+            "pid": int(pid),
+            "state": str(state),
+            "vcpus": int(vcpus),
+            "memory": int(memory),
+            "memory_used": int(used),
+            "disks": int(disks),
+            "nics": int(nics),
+            "started": int() | float() as started,
+        }:
+            workers = _parse_workers(result.get("workers", {}))
+            # A comparison with NaN is false.
+            if (
+                0 < pid <= MAX_PID
+                and workers is not None
+                and all(0 <= number <= MAX_NUMBER for number in (vcpus, memory, used, disks, nics, started))
+            ):
+                return Status(
+                    *(_line(name), pid, _line(state), vcpus, memory, used, disks, nics, started), workers
+                )
+    raise UserError("the machine's status is another version's, or nonsense", EXIT_VMM)
 
 
-def _parse_ending(result: Message) -> Ending:
-    return Ending(int(result.get("code", EXIT_VMM)), str(result.get("reason", "")))
+def _parse_workers(found: object) -> dict[str, int] | None:
+    if not isinstance(found, dict):
+        return None
+    if not all(isinstance(pid, int) and 0 < pid <= MAX_PID for pid in found.values()):
+        return None
+    return {_line(name): pid for name, pid in found.items()}
+
+
+def _parse_ending(result: object) -> Ending:
+    """Whose words they are, see `_parse_status`. A code beyond a byte could be taken for success."""
+    match result:
+        case {"code": int(code), "reason": str(reason)} if 0 <= code <= 255:
+            return Ending(code, _line(reason))
+    return Ending(EXIT_VMM, "how the machine ended is not known")
 
 
 def _refusal(message: Message) -> UserError:
-    error = message.get("error")
-    error = error if isinstance(error, dict) else {}
-    code = error.get("exit_code", EXIT_USAGE)
-    return UserError(str(error.get("message", "refused")), code if isinstance(code, int) else EXIT_VMM)
+    match message.get("error"):
+        case {"message": str(text), "exit_code": int(code)} if 0 < code <= 255:
+            return UserError(_line(text), code)
+        case {"message": str(text)}:
+            return UserError(_line(text), EXIT_VMM)
+    return UserError("refused", EXIT_VMM)
+
+
+def _line(text: str) -> str:
+    """One line that does nothing to a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:MAX_TEXT])

@@ -185,7 +185,7 @@ class Owned:
             match json.loads(line):
                 case {"name": str(name)}:
                     return {"name": name}
-                case {"code": int(code), "reason": str(reason)}:
+                case {"code": int(code), "reason": str(reason)} if 0 <= code <= 255:
                     text = "".join(character if character.isprintable() else "?" for character in reason)
                     return {"code": code, "reason": text}
         except (ValueError, RecursionError):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from devices.worker import privileges, sandbox, seccomp
 from vmrun.errors import EXIT_VMM, UserError
+from vmrun.host.console_log import LOG_LIMIT
 from vmrun.machine import vmm_seccomp
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ IMPORTED_LATER = (
 )
 
 LAYERS = (
-    ("limits", "no core dumps; descriptors, threads and memory have a bound", True),
+    ("limits", "no core dumps; descriptors, threads, memory and logs have a bound", True),
     ("namespaces", "empty network, IPC, UTS, cgroup and mount namespaces", False),
     ("empty root", "the root directory is an empty read-only file system", False),
     ("user id", "a user and group id of its own, no supplementary groups", False),
@@ -177,7 +178,9 @@ def _limit(cpus: int) -> None:
     privileges.lower_limit(resource.RLIMIT_NOFILE, len(os.listdir("/proc/self/fd")) + MORE_DESCRIPTORS)
     privileges.lower_limit(resource.RLIMIT_AS, mapped + MORE_MEMORY + threads * (THREAD_STACK + THREAD_HEAP))
     privileges.lower_limit(resource.RLIMIT_DATA, private + MORE_MEMORY + threads * THREAD_STACK)
-    # RLIMIT_FSIZE stays: a console that is redirected may be as long as it likes.
+    # What it has open to write: its own log and the console's two, whose room is the host's, and disks, to
+    # which only workers write. CPython ignores SIGXFSZ: what goes beyond is EFBIG.
+    privileges.lower_limit(resource.RLIMIT_FSIZE, LOG_LIMIT)
 
 
 def _rehearse() -> None:

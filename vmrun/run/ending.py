@@ -1,5 +1,6 @@
 """How the machine of a sandbox ended while something was to be done in it. Owner's process."""
 
+import os
 from pathlib import Path
 
 from vmrun.control import runtime
@@ -26,8 +27,18 @@ def last_words(name: str) -> str:
     """What the guest of the machine `name` printed on its console last."""
     for directory in log_directories(name):
         try:
-            text = (directory / runtime.CONSOLE_LOG).read_bytes()[-CONSOLE_BYTES:]
+            with open(directory / runtime.CONSOLE_LOG, "rb", buffering=0) as file:
+                # Not all of it: a VMM that was taken over says how long it is.
+                size = os.fstat(file.fileno()).st_size
+                text = os.pread(file.fileno(), CONSOLE_BYTES, max(0, size - CONSOLE_BYTES))
         except OSError:
             continue
         return text.decode("utf-8", "replace")
     return ""
+
+
+def printable(console: str) -> str:
+    """The guest's words for a terminal or a report, without control characters that would do something to
+    it.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in console.replace("\r", ""))
