@@ -1,11 +1,12 @@
 """Ethernet frames over a connected UNIX stream socket, as QEMU's `-netdev stream` and passt(1) have them:
 four bytes of length, big-endian, then the frame. Worker process.
 
-The socket outlives this process: a worker that was killed has a successor on the same socket, which must find
-it at the start of a frame. So input is peeked at, and taken out of the socket in whole frames only, after
-they were delivered; a kill between the two delivers some frames twice, as networks do. Output goes out with
-one call for a frame, which the kernel takes whole or not at all up to 32 KiB; of a longer one the rest waits
-here.
+Input is peeked at, and taken out of the socket in whole frames only, after they were delivered: who lets go
+of the socket leaves it at the start of a frame, with all that is not delivered. Output goes out with one call
+for a frame; of one that the kernel does not take whole the rest waits here, and is lost with a worker that is
+killed. What reads the stream would take the next frame's beginning for that rest, and for a frame what comes
+then: payload, which the guest chooses and no filter has seen. So such a worker has no successor on the socket
+(`vmrun.machine.workers`).
 
 What is at the other end may have been taken over: a length it says is believed up to MAX_FRAME.
 """
@@ -119,13 +120,15 @@ class FrameStream:
         self.flush()
 
     def flush(self) -> bool:
-        """Whether everything is sent. Otherwise ask again when `output_fd` is readable."""
+        """Whether everything is sent. Otherwise ask again when `output_fd` is readable. OSError when the rest
+        of a frame cannot be sent: nothing may be sent after that.
+        """
         while self._unsent:
             try:
                 sent = os.write(self._fd, self._unsent)
             except BlockingIOError:
                 return False
-            except OSError:
+            except (BrokenPipeError, ConnectionResetError):
                 sent = len(self._unsent)  # nobody is there; the receiving thread says so
             self._unsent = self._unsent[sent:]
         return True

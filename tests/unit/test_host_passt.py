@@ -92,21 +92,45 @@ def test_rules_are_for_user_cards(text: str | None) -> None:
 
 def test_names_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
     def getaddrinfo(name: str, *_: object) -> list[tuple[object, ...]]:
-        addresses = {"two.test": ["192.0.2.1", "192.0.2.2"], "rebound.test": ["127.0.0.1"]}
+        addresses = {"two.test": ["8.8.4.4", "8.8.8.8"], "rebound.test": ["127.0.0.1"]}
         if name not in addresses:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (text, 0)) for text in addresses[name]]
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
-    assert outbound.resolve(("two.test:80", "192.0.2.1:80", "10.0.0.0/8", "192.0.2.1:80")) == [
-        *("192.0.2.1/32:80", "192.0.2.2/32:80", "192.0.2.1:80", "10.0.0.0/8:0")
+    words = ("two.test:80", "192.0.2.1:80", "10.0.0.0/8", "192.0.2.1:80")
+    assert outbound.resolve(words, (), private=False) == [
+        *("8.8.4.4/32:80", "8.8.8.8/32:80", "192.0.2.1:80", "10.0.0.0/8:0")
     ]
     with pytest.raises(UserError, match=r"none\.test:1: no IPv4 address for none\.test: name or service"):
-        outbound.resolve(("none.test:1",))
-    with pytest.raises(UserError, match="no guest gets there"):
-        outbound.resolve(("rebound.test",))
+        outbound.resolve(("none.test:1",), (), private=False)
+    with pytest.raises(UserError, match=r"rebound\.test is 127\.0\.0\.1: a name opens public"):
+        outbound.resolve(("rebound.test",), (), private=True)
     with pytest.raises(UserError, match="allow networks"):
-        outbound.resolve(tuple(f"10.0.{number >> 8}.{number & 255}" for number in range(300)))
+        many = tuple(f"10.0.{number >> 8}.{number & 255}" for number in range(300))
+        outbound.resolve(many, (), private=False)
+
+
+def test_whoever_answers_for_a_name_opens_public_addresses_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the cloud's metadata, not the user's network, and not this host, which is 8.8.4.4 and 10.1.2.3."""
+    own = ("8.8.4.4/32", "10.1.2.3/32")
+    special = ["169.254.169.254", "127.0.0.1", "192.0.2.1", "10.1.2.3", "8.8.4.4", "0.0.0.0", "224.0.0.1"]
+    private = ["10.1.2.4", "192.168.1.1", "172.16.0.1", "100.64.0.9"]
+    answers: list[str] = []
+
+    def getaddrinfo(name: str, *_: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (text, 0)) for text in answers]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    answers = [*special, *private, "8.8.8.8"]
+    assert outbound.resolve(("a.test:80",), own, private=False) == ["8.8.8.8/32:80"]
+    opened = [f"{address}/32:0" for address in (*private, "8.8.8.8")]
+    assert outbound.resolve(("a.test",), own, private=True) == opened
+    answers = [*special, *private]
+    with pytest.raises(UserError, match=r"a\.test:80: a\.test is 169\.254\.169\.254.*give the address"):
+        outbound.resolve(("a.test:80",), own, private=False)
+    # What the user wrote is another matter.
+    assert outbound.resolve(special[3:5], own, private=False) == ["10.1.2.3:0", "8.8.4.4:0"]
 
 
 def test_a_host_without_passt(monkeypatch: pytest.MonkeyPatch) -> None:

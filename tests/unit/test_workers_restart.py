@@ -5,6 +5,7 @@ import os
 import random
 import select
 import signal
+import socket
 import struct
 import threading
 import time
@@ -329,6 +330,36 @@ def test_resize(make: Callable[[str], Machine], image_format: str) -> None:
 
     machine.run(guest)
     assert machine.ends == []
+
+
+def test_a_stream_has_no_second_worker() -> None:
+    """It may have been killed in the middle of a frame: what the next one sends would be read as the rest."""
+    ends: list[tuple[int, str]] = []
+    with ExitStack() as stack:
+        ours, _far = map(stack.enter_context, socket.socketpair())
+        words = {"mac": "52:54:00:12:34:56", "local": "100.64.0.2", "hostmac": "02:00:64:40:00:02"}
+        worker = SupervisedWorker("net", "net0", words, {"stream": ours.fileno()}, MIB)
+        stack.enter_context(worker)
+        loop = EventLoop()
+        stack.callback(loop.close)
+        guest = Guest()
+        stack.callback(guest.close)
+
+        def end(code: int, reason: str) -> None:
+            ends.append((code, reason))
+            loop.stop()
+
+        def look() -> None:
+            if worker.restarts:
+                loop.stop()
+            loop.call_later(0.1, look)
+
+        worker.connect(guest.memory, LoopBoard(loop), loop, end)
+        stack.callback(worker.quit)
+        signal.pidfd_send_signal(worker.worker.pidfd, signal.SIGKILL)
+        look()
+        loop.run()
+        assert ends == [(EXIT_VMM, "worker net0 was killed by signal 9")] and worker.restarts == 0
 
 
 def test_what_a_worker_had_not_written_when_it_was_killed_while_it_was_let_go(

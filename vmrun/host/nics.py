@@ -39,8 +39,10 @@ class OpenNic:
         from vmrun.host.outbound import own_addresses, resolve
 
         self.words |= {"local": passt.gateway, "hostmac": passt.gateway_mac.hex(":")}
-        self.words["allow"] = "+".join(resolve(self.config.allow))
-        self.words["own"] = "+".join(own_addresses())
+        own = own_addresses()
+        allowed = resolve(self.config.allow, own, private=self.config.allow_private)
+        self.words["allow"] = "+".join(allowed)
+        self.words["own"] = "+".join(own)
         if self.config.allow_private:
             self.words["private"] = "1"
 

@@ -3,18 +3,24 @@ kept by `devices.net.filter`, in the card's worker.
 
 Names are resolved here, once, when the machine starts, with the host's resolver: an address that a name gets
 later is not open, and one that it loses stays so. The host's own addresses are looked up then, too.
+
+Whoever answers for a name, its owner or anybody on the way, chooses its addresses, and the user sees none of
+them. So a name opens no address that would be closed without it: only an address or network that the user
+wrote is an exception from that.
 """
 
 import re
 import socket
+from collections.abc import Sequence
 
-from devices.net.filter import ANY_PORT, NEVER, ONE_ADDRESS, Network
+from devices.net.filter import ANY_PORT, NEVER, ONE_ADDRESS, Network, Rules
 from vmrun.errors import UserError
 
 NAME = re.compile(
     r"(?=.{1,253}$)[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?(\.[A-Za-z0-9_]([A-Za-z0-9_-]*[A-Za-z0-9_])?)*\.?$"
 )
 MAX_RULES = 256
+MAX_TOLD = 4  # addresses in a message
 LOCAL_ROUTE = re.compile(r"\|-- ([0-9.]+)\n((?:\s+/[0-9]+ \w+ \w+.*\n)+)")
 LOCAL_PREFIX = re.compile(r"/([0-9]+) host LOCAL")
 
@@ -57,15 +63,18 @@ def _check_reachable(text: str, network: Network) -> None:
         )
 
 
-def resolve(allowed: tuple[str, ...]) -> list[str]:
-    """The rules for a worker, as "192.0.2.1/32:443". Raises UserError for a name that has no address."""
+def resolve(allowed: Sequence[str], own: Sequence[str], *, private: bool) -> list[str]:
+    """The rules for a worker, as "192.0.2.1/32:443". `own` are the host's addresses, `private` whether
+    private networks are open. Raises UserError for a name that has no address which may be open.
+    """
+    ordinary = Rules((), map(Network, own), private)
     rules: dict[str, None] = {}
     for text in allowed:
         host, port = parse_allowed(text)
         if _is_numeric(host):
             rules[f"{host}:{port}"] = None
             continue
-        for address in _addresses(text, host):
+        for address in _addresses(text, host, ordinary):
             rules[f"{address}/{ONE_ADDRESS}:{port}"] = None
     if len(rules) > MAX_RULES:
         raise UserError(
@@ -74,16 +83,21 @@ def resolve(allowed: tuple[str, ...]) -> list[str]:
     return list(rules)
 
 
-def _addresses(text: str, name: str) -> list[str]:
+def _addresses(text: str, name: str, ordinary: Rules) -> list[str]:
     try:
         answers = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"--allow-host {text}: no IPv4 address for {name}: {reason.lower()}") from None
     addresses = [str(address[0]) for *_, address in answers]
-    for address in addresses:
-        _check_reachable(text, Network(address))
-    return addresses
+    opened = [each for each in addresses if ordinary.allow(Network(each).address, ANY_PORT)]
+    if not opened:
+        told = ", ".join(addresses[:MAX_TOLD])
+        raise UserError(
+            f"--allow-host {text}: {name} is {told}: a name opens public addresses, "
+            "and private ones with --allow-private, but never this host's: if you mean it, give the address"
+        )
+    return opened
 
 
 def own_addresses(fib_trie: str = "/proc/thread-self/net/fib_trie") -> list[str]:

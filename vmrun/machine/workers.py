@@ -7,6 +7,10 @@ are in the guest's memory, which requests it had taken is in a buffer that the f
 (`devices.block.qcow2_journal`). So the next one goes on in its place, and the guest sees a pause. Who dies
 again and again ends the machine: a request that kills its worker would kill the next one too.
 
+A card that goes through passt has one worker, whose death is the machine's end: half a frame may be on its
+way to passt, which takes what a next one sends for the rest of that, and what comes then for frames that
+nobody has checked.
+
 Starting a process happens on the main loop's thread, because workers die with the thread that started them;
 the handshake waits for the new worker, and has a thread of its own. Other people's back ends are not ours to
 start again: their end is the machine's.
@@ -72,7 +76,8 @@ class SupervisedWorker:
         self.kind = kind
         self.name = name
         self.restarts = 0
-        self.replaceable = True  # a confined VMM starts nobody
+        # A confined VMM starts nobody, and a stream may be in the middle of a frame.
+        self.replaceable = "stream" not in fds
         self._words = dict(words)
         self._fds = dict(fds)
         self._memory_size = memory_size
