@@ -101,6 +101,37 @@ def test_killed_builder_leaves_nothing_in_use(cache_directory: Path) -> None:
     assert list((cache_directory / "thing").iterdir()) == []
 
 
+@pytest.mark.parametrize("older", [False, True])
+def test_nobody_else_can_lock_what_is_built(cache_directory: Path, older: bool) -> None:
+    """A lock takes nothing but the right to read the file."""
+    lock = cache_directory / "thing.lock"
+    if older:
+        cache_directory.mkdir()
+        lock.touch(0o644)
+        lock.chmod(0o644)
+    cache.find_or_make("thing", lambda into: None)
+    assert lock.stat().st_mode & 0o777 == 0o600
+    lock.chmod(0o644)
+    assert cache.remove("thing")
+    assert lock.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_there_is_found_without_a_lock(
+    cache_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another user's cache nobody may take one."""
+    cache.find_or_make("thing", lambda into: None)
+    real = os.open
+
+    def others(path: str | Path, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if os.fspath(path).endswith(".lock"):
+            raise PermissionError(path)
+        return real(path, flags, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "open", others)
+    assert cache.find_or_make("thing", lambda into: None) == cache_directory / "thing"
+
+
 def test_builder_at_work_keeps_its_directory() -> None:
     def make(into: Path) -> None:
         (into / "file").write_text("x")

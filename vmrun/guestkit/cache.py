@@ -115,8 +115,13 @@ def _locked_directory(root: Path, prefix: str) -> tuple[Path, int]:
 @contextmanager
 def _lock(root: Path, name: str, *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock of `name`; without `wait`, False when another process holds it."""
-    lock = os.open(root / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = os.open(root / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
+        # Whoever may read a file may lock it, and other users could have us wait for ever: those that older
+        # versions made were for all to read.
+        found = os.fstat(lock)
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            os.fchmod(lock, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
