@@ -184,6 +184,14 @@ def test_limits_name_their_option(limits: Limits, option: str, tmp_path: Path) -
         merged(spool, [file(f"d{number}/some-name", "some text") for number in range(5)], limits=limits)
 
 
+def test_attributes_count_for_the_memory_they_take(spool: Spool) -> None:
+    """A name of a few bytes without a value is two objects and a place in a dictionary."""
+    many = {f"SCHILY.xattr.user.{number:x}": "" for number in range(1000)}
+    merging = Layers(spool, Limits(metadata=100_000))
+    with pytest.raises(UserError, match="--max-metadata"):
+        merging.add(io.BytesIO(tar(file("x"), pax_headers=many)), "test")
+
+
 def test_links_that_lead_far_about_are_bounded(spool: Spool) -> None:
     winding: list[File] = [("dir", "a", b""), ("symlink", "l0", "a/../" * 700 + "a")]
     winding += [("symlink", f"l{n}", f"l{n - 1}/../" * 2 + "a") for n in range(1, 4)]

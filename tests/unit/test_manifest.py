@@ -179,6 +179,23 @@ def test_what_is_no_directory(tmp_path: Path) -> None:
     assert "is no snapshot" in refused(tmp_path)
 
 
+@pytest.mark.parametrize("name", [manifest.MANIFEST, manifest.STATE])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    manifest.write(WHOLE, tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"is no snapshot: {name}: not a file"):
+        manifest.read_state(tmp_path, manifest.read(tmp_path))
+
+
+def test_a_kernels_file_that_has_nothing_yet(tmp_path: Path) -> None:
+    """It passes for a regular file, and a read of it would wait, or give nothing at all."""
+    if not os.access("/proc/kmsg", os.R_OK):
+        pytest.skip("root only")
+    (tmp_path / manifest.MANIFEST).symlink_to("/proc/kmsg")
+    assert refused(tmp_path)
+
+
 def test_a_file_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "MAX_JSON", 1000)
     (tmp_path / manifest.MANIFEST).write_bytes(b'{"format": 1}' + b" " * 2000)
@@ -232,3 +249,21 @@ def test_a_disk_that_changed_is_told_from_one_that_moved(tmp_path: Path) -> None
     assert "give its new place with --disk" in complaint(path)
     path.mkdir()
     assert complaint(path)
+
+
+def test_a_device_in_the_place_of_a_disk_is_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its manifest says of it: opening alone makes a watchdog run, and a FIFO waits."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    opened: list[object] = []
+    monkeypatch.setattr(os, "open", lambda path, *_: opened.append(path))
+    for path in (pipe, Path("/dev/null")):
+        status = path.stat()
+        for mtime_ns in (status.st_mtime_ns, 0):
+            frozen = FrozenFile("relative", "raw", status.st_size, mtime_ns, "")
+            with pytest.raises(UserError, match="not a file") as error:
+                manifest.check_frozen(frozen, path)
+            assert error.value.code == EXIT_IMAGE
+    assert opened == []

@@ -1,6 +1,7 @@
 """Guest memory in a file: sparse, complete, and refused when it is not what was saved."""
 
 import os
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,29 @@ def test_a_checksum_file_of_the_right_size_for_other_memory(ram: int, path: Path
     assert "belongs to another snapshot" in refused(path, replace(facts, size=SIZE + CHUNK_SIZE))
     checksums_path(path).write_bytes(b"x" * 1000)
     assert "is not one of vmrun's" in refused(path, facts)
+
+
+def test_a_checksum_file_that_is_too_long_is_not_read(ram: int, path: Path) -> None:
+    facts = write_memory(ram, SIZE, path)
+    os.truncate(checksums_path(path), 1 << 30)
+    tracemalloc.start()
+    try:
+        assert "belongs to another snapshot" in refused(path, facts)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        # Nor when the manifest says that there is a guest for it.
+        assert "too much here" in refused(path, replace(facts, size=1 << 60))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_pipe_is_not_waited_for(ram: int, path: Path, beside: bool) -> None:
+    facts = write_memory(ram, SIZE, path)
+    pipe = checksums_path(path) if beside else path
+    pipe.unlink()
+    os.mkfifo(pipe)
+    assert "not a file: the snapshot is incomplete" in refused(path, facts)
 
 
 @given(kinds=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 40)), min_size=1, max_size=800))

@@ -151,6 +151,18 @@ def test_what_is_below_a_disk_is_what_the_manifest_says(tmp_path: Path) -> None:
         assert caught.value.code == EXIT_IMAGE
 
 
+def test_a_pipe_in_the_place_of_a_disk_is_not_waited_for(tmp_path: Path) -> None:
+    """Though the manifest says that it was one: whoever made the snapshot wrote it."""
+    pipe = tmp_path / "x.qcow2"
+    os.mkfifo(pipe)
+    frozen = manifest.FrozenFile(str(pipe), "qcow2", 0, pipe.stat().st_mtime_ns, "")
+    made = MachineConfig(disks=(DiskConfig(pipe, "qcow2"),))
+    with pytest.raises(UserError, match="not a file"):
+        snapshot_of(made, [[frozen]])._disk(0, None, True)
+    with pytest.raises(OSError, match="Not a file"):  # put there since
+        restore._check_below(frozen, pipe, None, ())
+
+
 def test_no_snapshot_mounts_a_directory(tmp_path: Path) -> None:
     config = MachineConfig(mounts=(Mount(Path("/"), "all"),))
     manifest.write_file(tmp_path / manifest.STATE, b"{}")

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from vmrun.image import oci
 from vmrun.image.limits import MAX_JSON, Limits, refused, shown
 from vmrun.image.stream import FileSlice, Reader
-from vmrun.image.tar import Archive
-from vmrun.image.tree import MAX_SYMLINKS
+from vmrun.image.tar import Archive, Member
+from vmrun.image.tree import MAX_SYMLINKS, components
 
 MANIFEST = "manifest.json"
 _HEX = frozenset(b"0123456789abcdef")
@@ -36,8 +36,10 @@ class ArchiveBlobs:
     def __init__(self, fd: int, size: int, what: str, limits: Limits) -> None:
         self.what = what
         self._fd = fd
-        self._files: dict[str, tuple[int, int]] = {}
-        self._links: dict[str, str] = {}
+        self._limits = limits
+        self._files: dict[bytes, tuple[int, int]] = {}
+        self._links: dict[bytes, bytes] = {}
+        self._metadata = 0
         source = FileSlice(fd, 0, size)
         count = 0
         try:
@@ -45,36 +47,40 @@ class ArchiveBlobs:
                 count += 1
                 if count > limits.entries:
                     raise limits.over_entries(what)
-                self._add(member.name, member.mode, member.link, member.target, source.position, member.size)
+                self._add(member, source.position)
         except EOFError:
             raise refused(f"{what}: the archive ends too early") from None
 
-    def _add(
-        self, name: bytes, mode: int, link: bytes | None, target: bytes, position: int, size: int
-    ) -> None:
-        path = _normal(name)
+    def _add(self, member: Member, position: int) -> None:
+        path = _normal(member.name)
         self._files.pop(path, None)
         self._links.pop(path, None)
-        if link is not None:
-            self._links[path] = _normal(link)
-        elif stat.S_ISLNK(mode):
+        # A name takes its archive a few bytes when it is compressed: it counts as a layer's names do.
+        self._metadata += len(path)
+        if member.link is not None:
+            self._links[path] = _normal(member.link)
+        elif stat.S_ISLNK(member.mode):
             # Docker before 25 stored a layer that two images share once, and links to it.
-            self._links[path] = _normal(posixpath.join(posixpath.dirname(path.encode()), target))
-        elif stat.S_ISREG(mode):
-            self._files[path] = (position, size)
+            self._links[path] = _normal(posixpath.join(posixpath.dirname(path), member.target))
+        elif stat.S_ISREG(member.mode):
+            self._files[path] = (position, member.size)
+        self._metadata += len(self._links.get(path, b""))
+        if self._metadata > self._limits.metadata:
+            raise self._limits.over_metadata(self.what)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name.encode() in self._files
 
     @contextmanager
     def open(self, name: str) -> Iterator[tuple[Reader, int]]:
-        path = _normal(name.encode("utf-8", "surrogateescape"))
+        # JSON may name a file with half a character: no archive has it, and that is all that is wrong.
+        path = _normal(name.encode("utf-8", "surrogatepass"))
         for _ in range(MAX_SYMLINKS):
             if path not in self._links:
                 break
             path = self._links[path]
         if path not in self._files:
-            raise refused(f"{self.what}: {shown(name.encode('utf-8', 'replace'))} is missing")
+            raise refused(f"{self.what}: {shown(name)} is missing")
         position, size = self._files[path]
         yield FileSlice(self._fd, position, size), size
 
@@ -97,7 +103,7 @@ def find(blobs: ArchiveBlobs, tag: str) -> oci.OciImage:
         names = ", ".join(name for image in fitting for name in _tags(image))
         raise refused(
             f"{blobs.what}: {len(fitting)} images in it: choose one with docker:{blobs.what}:NAME"
-            f" ({shown(names.encode('utf-8', 'replace'))})"
+            f" ({shown(names)})"
         )
     config, layers = fitting[0].get("Config"), fitting[0].get("Layers")
     layers = [] if layers is None else layers
@@ -122,5 +128,5 @@ def _tags(image: dict[str, object]) -> list[str]:
     return [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else []
 
 
-def _normal(name: bytes) -> str:
-    return posixpath.normpath(b"/" + name).lstrip(b"/").decode("utf-8", "surrogateescape")
+def _normal(name: bytes) -> bytes:
+    return posixpath.normpath(b"/" + b"/".join(components(name))).lstrip(b"/")

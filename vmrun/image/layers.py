@@ -18,6 +18,7 @@ from vmrun.image.tree import Entry, Inode, Tree
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 _PIECE_MEMORY = 160  # a tuple and its numbers
+_ATTRIBUTE_MEMORY = 200  # a place in a dictionary, and two objects
 _AUFS = b".wh..wh."  # what aufs kept its own state in
 
 
@@ -76,7 +77,9 @@ class Layers:
     def _charge(self, member: Member) -> None:
         """What a member costs in memory until the disk is written: an archive is cheap, this is not."""
         self._metadata += len(member.name) + len(member.target) + _PIECE_MEMORY * len(member.pieces)
-        self._metadata += sum(len(name) + len(value) for name, value in member.xattrs.items())
+        self._metadata += sum(
+            len(name) + len(value) + _ATTRIBUTE_MEMORY for name, value in member.xattrs.items()
+        )
         if self._metadata > self.tree.limits.metadata:
             raise self.tree.limits.over_metadata(shown(member.name))
 

@@ -12,7 +12,7 @@ class Limits:
     """Bounds of a conversion; going beyond one is a UserError that names it and the option that raises it."""
 
     size: int = 32 << 30
-    """Bytes: of all files of all layers together, and of every stream when decompressed."""
+    """Bytes of all files of all layers together; `streams` is made of it."""
     entries: int = 1_000_000
     """Entries of all archives of the image together, and directories made because an entry lies in them."""
     ratio: int = 300
@@ -21,6 +21,13 @@ class Limits:
     """Directories a path may lead through; the merging of layers recurses as deep, so no option raises it."""
     metadata: int = 512 << 20
     """Bytes of memory for names, link targets, attributes and the maps of sparse files."""
+
+    @property
+    def streams(self) -> int:
+        """Bytes of all layers together when decompressed, or of an archive that is not in layers: room for
+        headers, padding and what is skipped, beside contents within the limit.
+        """
+        return self.size + self.size // 4 + (64 << 20)
 
     def over_size(self, what: str) -> UserError:
         return refused(f"{what}: more than {self.size >> 20} MiB of files: raise it with --max-size")
@@ -54,6 +61,7 @@ MAX_FILE = (16 << 40) - 4096  # the largest ext4 file with 4 KiB blocks
 MAX_XATTRS = 3800  # bytes of names and values of a file: ext4 gives them one block
 MAX_METADATA = 1 << 20  # bytes of headers that one archive entry may need
 MAX_JSON = 4 << 20  # bytes of a manifest, an index or a configuration
+MAX_INDEXES = 8 << 20  # bytes of all indexes of an image: parsed, a byte may take 30
 
 
 def refused(text: str) -> UserError:
@@ -61,7 +69,9 @@ def refused(text: str) -> UserError:
     return UserError(text, EXIT_IMAGE)
 
 
-def shown(name: bytes) -> str:
+def shown(name: bytes | str) -> str:
     """A name from an archive, for a message: short, printable, one line."""
+    if isinstance(name, str):
+        name = name.encode("utf-8", "replace")  # JSON may have half a character in it
     text = name if len(name) <= 120 else name[:80] + b"..." + name[-30:]
     return repr(text.decode("utf-8", "backslashreplace"))[1:-1]

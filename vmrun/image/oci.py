@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from vmrun.guestkit.progress import Progress
 from vmrun.image.config import ImageConfig
 from vmrun.image.layers import Layers
-from vmrun.image.limits import MAX_JSON, Limits, refused, shown
+from vmrun.image.limits import MAX_INDEXES, MAX_JSON, Limits, refused, shown
 from vmrun.image.stream import Decompressed, FileSlice, Hashed, Reader
 
 INDEX = "index.json"
@@ -89,7 +89,7 @@ class Directory:
 
 def find(blobs: Blobs, tag: str) -> OciImage:
     """The image for this platform in an OCI layout; `tag` chooses among several."""
-    candidates = _candidates(blobs, read_json(blobs, INDEX), tag)
+    candidates = _candidates(blobs, tag)
     if not candidates:
         raise refused(f"{blobs.what}: no image in it" + (f" with the name {tag}" if tag else ""))
     fitting = {}
@@ -101,15 +101,15 @@ def find(blobs: Blobs, tag: str) -> OciImage:
         else:
             fitting[_digest(blobs, descriptor)] = descriptor
     if not fitting:
-        there = shown(", ".join(sorted(others)).encode())
+        there = shown(", ".join(sorted(others)))
         raise refused(f"{blobs.what}: no image for {'/'.join(PLATFORM)} in it, only for {there}")
     if len(fitting) > 1:
         names = ", ".join(sorted(name for each in fitting.values() for name in _names(each)))
         raise refused(
             f"{blobs.what}: {len(fitting)} images in it: choose one with oci:{blobs.what}:NAME"
-            + (f" ({shown(names.encode())})" if names else "")
+            + (f" ({shown(names)})" if names else "")
         )
-    return _image(blobs, read_json(blobs, *_blob(blobs, next(iter(fitting.values())))))
+    return _image(blobs, *_blob(blobs, next(iter(fitting.values()))))
 
 
 def parse_config(blobs: Blobs, name: str, digest: str | None = None) -> tuple[str, ImageConfig, list[str]]:
@@ -118,7 +118,7 @@ def parse_config(blobs: Blobs, name: str, digest: str | None = None) -> tuple[st
     values = _parse(blobs, name, data)
     found = (values.get("os"), values.get("architecture"))
     if found != PLATFORM:
-        there = shown(f"{found[0]}/{found[1]}".encode())
+        there = shown(f"{found[0]}/{found[1]}")
         raise refused(f"{blobs.what}: an image for {there}; this host runs {'/'.join(PLATFORM)}")
     rootfs = values.get("rootfs")
     # An image without layers has null there, as Go writes an empty list.
@@ -137,33 +137,42 @@ def parse_config(blobs: Blobs, name: str, digest: str | None = None) -> tuple[st
 
 def merge(blobs: Blobs, image: OciImage, layers: Layers, limits: Limits, progress: Progress) -> None:
     """Put all layers of the image on top of each other, and check their digests."""
+    # All layers together: a manifest may name the same bomb five hundred times.
+    before = 0
     for number, layer in enumerate(image.layers, 1):
         what = f"{blobs.what}: layer {number}"
         with blobs.open(layer.name) as (stored, size):
             progress.step(f"reading layer {number} of {len(image.layers)}", size >> 20)
             packed = Hashed(stored, _algorithm(layer.digest or layer.diff_id), progress)
-            unpacked = Hashed(Decompressed(packed, what, limits), _algorithm(layer.diff_id))
+            unpacked = Hashed(Decompressed(packed, what, limits, before), _algorithm(layer.diff_id))
             layers.add(unpacked, what)
             packed.read_rest()
+        # What a decoder reads costs time too, when nothing comes out of it.
+        before += max(packed.count, unpacked.count)
         if unpacked.hexdigest() != layer.diff_id.partition(":")[2]:
             raise refused(f"{what}: damaged: its content does not have the digest {layer.diff_id}")
         if layer.digest is not None and packed.hexdigest() != layer.digest.partition(":")[2]:
             raise refused(f"{what}: damaged: it does not have the digest {layer.digest}")
 
 
-def read_json(blobs: Blobs, name: str, digest: str | None = None) -> Any:
-    """The object in the file `name`, which has the digest that the one who named it said."""
-    return _parse(blobs, name, _read_small(blobs, name, digest))
-
-
-def _candidates(blobs: Blobs, index: Any, tag: str) -> list[dict[str, Any]]:
-    """All manifests that an index leads to; the tag is that of the outermost descriptor."""
+def _candidates(blobs: Blobs, tag: str) -> list[dict[str, Any]]:
+    """All manifests that the layout's index leads to; the tag is that of the outermost descriptor."""
     found: list[dict[str, Any]] = []
-    pending = [(index, 0)]
-    looked_at = 0
+    pending: list[tuple[str, str | None, int]] = [(INDEX, None, 0)]
+    # One index may have several names. A hostile one has a thousand, so each is read once, and only when its
+    # turn comes.
+    seen: set[str] = set()
+    looked_at = size = 0
     while pending:
-        values, depth = pending.pop()
-        manifests = values.get("manifests")
+        name, digest, depth = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        data = _read_small(blobs, name, digest)
+        size += len(data)
+        if size > MAX_INDEXES:
+            raise refused(f"{blobs.what}: more than {MAX_INDEXES >> 20} MiB of indexes")
+        manifests = _parse(blobs, name, data).get("manifests")
         if not isinstance(manifests, list) or not all(isinstance(each, dict) for each in manifests):
             raise refused(f"{blobs.what}: an index without a list of manifests")
         for descriptor in manifests:
@@ -173,13 +182,14 @@ def _candidates(blobs: Blobs, index: Any, tag: str) -> list[dict[str, Any]]:
             if depth == 0 and tag and tag not in _names(descriptor):
                 continue
             if "index" in str(descriptor.get("mediaType")) or "list" in str(descriptor.get("mediaType")):
-                pending.append((read_json(blobs, *_blob(blobs, descriptor)), depth + 1))
+                pending.append((*_blob(blobs, descriptor), depth + 1))
             else:
                 found.append(descriptor)
     return found
 
 
-def _image(blobs: Blobs, manifest: Any) -> OciImage:
+def _image(blobs: Blobs, name: str, digest: str) -> OciImage:
+    manifest = _parse(blobs, name, _read_small(blobs, name, digest))
     config, layers = manifest.get("config"), manifest.get("layers")
     if not isinstance(config, dict) or not isinstance(layers, list):
         raise refused(f"{blobs.what}: a manifest without a configuration or layers")

@@ -80,12 +80,14 @@ class Hashed:
 class Decompressed:
     """What `source` holds after its compression, told by its magic number, is undone; it may have none.
 
-    Members that follow each other are one stream, as for gzip(1), xz(1) and zstd(1).
+    Members that follow each other are one stream, as for gzip(1), xz(1) and zstd(1). `before`: bytes of other
+    streams of the image, which count against the same limit.
     """
 
-    def __init__(self, source: Reader, what: str, limits: Limits) -> None:
+    def __init__(self, source: Reader, what: str, limits: Limits, before: int = 0) -> None:
         self._what = what
         self._limits = limits
+        self._left = limits.streams - before
         self._input = _Input(source)
         self._count = 0
         head = self._input.peek(512)
@@ -105,8 +107,7 @@ class Decompressed:
         except _errors() as error:
             raise self._damaged(error) from None
         self._count += len(data)
-        # Room for headers, padding and what later layers replace, beside contents within the limit.
-        if self._count > self._limits.size + self._limits.size // 4 + (64 << 20):
+        if self._count > self._left:
             raise self._limits.over_size(self._what)
         if self._count > RATIO_FREE and self._count > self._input.count * self._limits.ratio:
             raise self._limits.over_ratio(self._what)

@@ -13,9 +13,12 @@ Formats are numbered, and another number is refused: a guess about a guest's sta
 data.
 """
 
+import errno
 import json
 import os
+import stat
 from dataclasses import asdict, dataclass, field, fields
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +66,33 @@ class Manifest:
     macs: list[str] = field(default_factory=list)
 
 
+def open_file(path: Path) -> int:
+    """The descriptor of a file of a snapshot, or of a disk that it needs, for reading. OSError when it is not
+    there, or is neither a file nor a block device.
+    """
+    # Whoever made the snapshot may have put a FIFO there, or named a device: the one must not make us wait,
+    # and to open the other does something to many (`vmrun.host.disks`). So it is asked before and after.
+    found = os.stat(path)
+    if _is_file(found):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+        if _is_file(os.fstat(fd)):
+            return fd
+        os.close(fd)
+    raise OSError(errno.EINVAL, "Not a file", os.fspath(path))
+
+
+def _is_file(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)
+
+
 def freeze(path: Path, format: str, directory: Path) -> FrozenFile:
     """The facts of the file as it is now; one in `directory`, the snapshot's, gets a relative name."""
-    status = os.stat(path)
     path = path.absolute()
+    with open(open_file(path), "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        fingerprint = _fingerprint(file)
     stored = path.name if path.parent == directory.absolute() else os.fspath(path)
-    return FrozenFile(stored, format, status.st_size, status.st_mtime_ns, _fingerprint(path))
+    return FrozenFile(stored, format, status.st_size, status.st_mtime_ns, fingerprint)
 
 
 def check_frozen(frozen: FrozenFile, path: Path) -> None:
@@ -76,17 +100,18 @@ def check_frozen(frozen: FrozenFile, path: Path) -> None:
     beginning makes it another disk. UserError.
     """
     try:
-        status = os.stat(path)
-        if status.st_size != frozen.size:
-            what = f"its file had {frozen.size} bytes and has {status.st_size}"
-        elif status.st_mtime_ns == frozen.mtime_ns:
-            return
-        elif os.fspath(path) == frozen.path:
-            what = "it was written to"
-        elif _fingerprint(path) != frozen.fingerprint:
-            what = "its beginning is another"
-        else:
-            return
+        with open(open_file(path), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size != frozen.size:
+                what = f"its file had {frozen.size} bytes and has {status.st_size}"
+            elif status.st_mtime_ns == frozen.mtime_ns:
+                return
+            elif os.fspath(path) == frozen.path:
+                what = "it was written to"
+            elif _fingerprint(file) != frozen.fingerprint:
+                what = "its beginning is another"
+            else:
+                return
     except OSError as error:
         text = (error.strerror or str(error)).lower()
         raise UserError(
@@ -100,14 +125,13 @@ def check_frozen(frozen: FrozenFile, path: Path) -> None:
     )
 
 
-def _fingerprint(path: Path) -> str:
-    with open(path, "rb", buffering=0) as file:
-        digest = sha256()
-        left = FINGERPRINT_BYTES
-        while left and (piece := file.read(left)):
-            digest.update(piece)
-            left -= len(piece)
-        return digest.hexdigest()
+def _fingerprint(file: FileIO) -> str:
+    digest = sha256()
+    left = FINGERPRINT_BYTES
+    while left and (piece := file.read(left)):
+        digest.update(piece)
+        left -= len(piece)
+    return digest.hexdigest()
 
 
 def write(manifest: Manifest, directory: Path) -> None:
@@ -149,8 +173,8 @@ def read_state(directory: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _read_json(directory: Path, path: Path, checksum: str | None = None) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_JSON + 1)
+        with open(open_file(path), "rb", buffering=0) as file:
+            text = os.pread(file.fileno(), MAX_JSON + 1, 0)
     except OSError as error:
         what = (error.strerror or str(error)).lower()
         raise UserError(f"{directory} is no snapshot: {path.name}: {what}", EXIT_IMAGE) from None

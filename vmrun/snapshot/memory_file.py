@@ -6,7 +6,6 @@ time for any size. The checksum file's own hash goes into the manifest: so the t
 """
 
 import os
-import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,12 @@ from zlib import crc32
 from devices.memory import PAGE_SIZE
 from devices.pager.checksums import CHUNK_SIZE, Checksums, build
 from vmrun.errors import EXIT_IMAGE, UserError
+from vmrun.snapshot.manifest import open_file
 from vmrun.snapshot.sha256 import sha256
+
+# A guest of more than that many times the host's memory is a lie, and its checksums, a byte for 13 KiB, would
+# fill what there is.
+_MOST_OF_HOST = 256
 
 _ZERO_PAGE = bytes(PAGE_SIZE)
 _ZERO_CHUNK = bytes(CHUNK_SIZE)
@@ -108,17 +112,23 @@ def open_memory(path: Path, facts: MemoryFacts) -> OpenMemory:
     the memory's contents. UserError when a file is missing, truncated, damaged or another snapshot's.
     """
     beside = checksums_path(path)
+    if facts.size > _MOST_OF_HOST * os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE:
+        raise UserError(f"{path}: the snapshot's memory of {facts.size} bytes is too much here", EXIT_IMAGE)
     checksums_fd = _open(beside)
     try:
-        with open(checksums_fd, "rb", closefd=False) as file:
-            raw = file.read()
+        # Whoever made the snapshot may have put a sparse file of any length there. One that fits has five
+        # bytes for each chunk, and a header.
+        length = os.fstat(checksums_fd).st_size
+        if length > 5 * (facts.size // CHUNK_SIZE) + PAGE_SIZE:
+            raise _of_another(beside)
+        raw = os.pread(checksums_fd, length, 0)
         try:
             checksums = Checksums(raw)
         except ValueError as error:
             raise UserError(f"{beside}: the snapshot's checksum file {error}", EXIT_IMAGE) from None
         found = MemoryFacts(checksums.size, CHUNK_SIZE, checksums.data_chunks, sha256(raw).hexdigest())
         if found != facts:
-            raise UserError(f"{beside}: this checksum file belongs to another snapshot", EXIT_IMAGE)
+            raise _of_another(beside)
         fd = _open(path)
     except BaseException:
         os.close(checksums_fd)
@@ -134,18 +144,17 @@ def open_memory(path: Path, facts: MemoryFacts) -> OpenMemory:
     return memory
 
 
+def _of_another(beside: Path) -> UserError:
+    return UserError(f"{beside}: this checksum file belongs to another snapshot", EXIT_IMAGE)
+
+
 def _open(path: Path) -> int:
     try:
-        # Whatever somebody put there instead of a file must not make us wait.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_file(path)
     except OSError as error:
         raise UserError(
             f"{path}: {(error.strerror or str(error)).lower()}: the snapshot is incomplete", EXIT_IMAGE
         ) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise UserError(f"{path}: not a file: the snapshot is incomplete", EXIT_IMAGE)
-    return fd
 
 
 def write_memory(ram_fd: int, size: int, path: Path, source: OpenMemory | None = None) -> MemoryFacts:

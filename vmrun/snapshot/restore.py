@@ -198,7 +198,7 @@ def _check_below(file: FrozenFile, path: Path, below: Path | None, allowed: Sequ
     """
     found = None
     if file.format == "qcow2":
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = manifest.open_file(path)
         try:
             found = backing_config(path, Header(fd), allowed)
         except ImageError as error:
