@@ -209,6 +209,39 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     assert (victim / "file").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(("umask", "directory", "inner"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600)])
+def test_what_the_umask_forbids_stays_forbidden(
+    tmp_path: Path, umask: int, directory: int, inner: int
+) -> None:
+    stream = about(b"d", b"", 0o777) + about(b"d", b"d", 0o777)
+    stream += about(b"f", b"f", 0o666) + text(b"x") + bytes(4) + b"DDe"
+    before = os.umask(umask)
+    try:
+        extract(stream, tmp_path / "out")
+        extract(about(b"f", b"", 0o4666) + bytes(4) + b"e", tmp_path / "alone")
+    finally:
+        os.umask(before)
+    made = [tmp_path / "out", tmp_path / "out" / "d", tmp_path / "out" / "d" / "f", tmp_path / "alone"]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [directory, directory, inner, inner]
+
+
+def test_only_so_much_is_remembered_of_what_is_left_out(tmp_path: Path) -> None:
+    links = b"".join(about(b"l", b"\x1b\n%d" % number) + text(b"/etc") for number in range(250))
+    totals = extract(TOP + links + b"De", tmp_path / "out")
+    assert totals.left_out[0] == "??0: a link that leads out of the copied tree"
+    assert len(totals.left_out) == 101 and totals.left_out[-1] == "... and 150 more"
+
+
+def test_names_of_what_is_left_out_on_the_way_in_are_clean(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "\x1b]0;x\n")
+    totals = Totals()
+    fd = files.open_source(str(tmp_path))
+    assert b"".join(files.entries(fd, totals))
+    assert totals.left_out == ["?]0;x?: neither file, directory nor link"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+
+
 def test_limits(tmp_path: Path) -> None:
     with pytest.raises(StreamError, match="more than 3 files"):
         extract(TOP + file(b"a") + file(b"b") + file(b"c") + b"De", tmp_path / "out", Limits(entries=3))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.unit.agent_guest import ENV, agent
-from vmrun.agent import protocol
+from vmrun.agent import files, protocol
+from vmrun.agent import session as sessions
 from vmrun.agent.process import Capture
 from vmrun.agent.protocol import (
     CREDIT,
@@ -75,6 +78,7 @@ class FakeGuest:
 @contextmanager
 def fake(noise: bytes = b"") -> Iterator[tuple[AgentSession, FakeGuest]]:
     ours, theirs = socket.socketpair()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32768)  # less than a stream's window
     with theirs, AgentSession(ours) as host:
         guest = FakeGuest(theirs)
         thread = threading.Thread(target=guest.answer_hello, args=(noise,))
@@ -168,6 +172,7 @@ AFTER_START = [
     frame(EXIT, 0, 1, b""),
     frame(EXIT, 0, 1, struct.pack("<BBBxI", 2, 0, 0, 0)),
     frame(EXIT, 0, 1, struct.pack("<BBBxI", 1, 0, 65, 0)),
+    frame(EXIT, 0, 1, struct.pack("<BBBxI", 1, 0, 0, 0)),
     frame(EXIT, 0, 1, bytes(8)) + frame(DATA, 1, 1, b"x"),
     frame(SIGNAL, 0, 1, bytes(4)),
     frame(REQUEST, 0, 1, bytes(4)),
@@ -209,6 +214,175 @@ def test_guest_that_reads_nothing_does_not_hold_close_up() -> None:
         host.close()
         thread.join(20)
         assert isinstance(outcome[-1], AgentGone)
+
+
+def test_what_the_guest_said_last_counts_though_nothing_can_be_sent() -> None:
+    """A sender learns first that the guest is gone, while the exit code waits to be read."""
+    with fake() as (host, guest):
+        channel, thread, outcome = start(host, guest)
+        guest.sock.sendall(frame(REPLY, 0, channel, STARTED))
+        host._channels[9] = reader = Stalled()  # type: ignore[assignment]
+        code = struct.pack("<BBBxI", 0, 0, 3, 0)
+        guest.sock.sendall(frame(REPLY, 0, 9) + frame(EXIT, 0, channel, code))
+        guest.sock.close()
+        with pytest.raises(AgentGone):
+            for _ in range(2):  # the first may find room that the guest left
+                host.send(CREDIT, 1, channel, bytes(4))
+        reader.go.set()
+        thread.join(20)
+        assert isinstance(outcome[-1], protocol.ExitStatus) and outcome[-1].code == 3
+        with pytest.raises(AgentGone):
+            host.ping(20)
+
+
+def within(work: Callable[[], object]) -> object:
+    """What comes of `work`, which is on a thread: should it hang, the test fails and does not."""
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert outcome, "it hangs"
+    return outcome[0]
+
+
+def test_a_request_that_the_guest_does_not_take_is_given_up() -> None:
+    with fake() as (host, _):
+        error = within(lambda: host.exec(["x" * 3_000_000], env=ENV, timeout=0.2))
+        assert isinstance(error, AgentGone) and "takes nothing" in str(error)
+        with pytest.raises(AgentGone, match="takes nothing"):
+            host.ping(20)
+
+
+def stuff(host: AgentSession, guest: FakeGuest) -> int:
+    """Have a command's input fill all there is on the way to the guest; its channel."""
+    channel, thread, outcome = start(host, guest, stdin=iter(lambda: bytes(65536), b""))
+    guest.sock.sendall(frame(REPLY, 0, channel, STARTED))
+    await_full(host)
+    assert thread.is_alive() and outcome
+    return channel
+
+
+def await_full(host: AgentSession) -> None:
+    """Returns when somebody sends, and cannot go on."""
+    while not host._sending.locked() or select.select([], [host._sock], [], 0)[1]:
+        time.sleep(0.01)
+
+
+def test_a_request_that_waits_for_others_in_vain_is_as_if_it_had_not_been() -> None:
+    with fake() as (host, guest):
+        stuff(host, guest)
+        assert isinstance(within(lambda: host.ping(0.1)), TimeoutError)
+        assert len(host._channels) == 1
+        drained = threading.Event()
+
+        def drain() -> None:
+            while True:
+                kind, _, channel, fields = guest.frame()
+                if kind == REQUEST:
+                    drained.set()
+                    guest.sock.sendall(frame(REPLY, 0, channel, struct.pack("<IB3x", 0, 0) + fields[4:]))
+                    return
+
+        threading.Thread(target=drain, daemon=True).start()
+        host.ping(20)
+        assert drained.is_set()
+
+
+TREE = b"f" + struct.pack("<IQI", 0o644, 0, 0) + struct.pack("<I", 3) + b"abc" + bytes(4) + b"e"
+
+
+def copy_out(host: AgentSession, guest: FakeGuest, path: Path) -> tuple[int, threading.Thread, list[object]]:
+    """One that has begun: its channel, and what comes of it."""
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(host.copy_out("/x", str(path), limits=files.Limits(bytes=1000)))
+        except AgentError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    _, _, channel, _ = guest.frame()
+    guest.sock.sendall(frame(REPLY, 0, channel, STARTED))
+    return channel, thread, outcome
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_nothing_comes_after_the_files(tmp_path: Path, apart: bool) -> None:
+    with fake() as (host, guest):
+        channel, thread, outcome = copy_out(host, guest, tmp_path / "out")
+        guest.sock.sendall(frame(DATA, 1, channel, TREE + (b"" if apart else b"x")))
+        if apart:
+            guest.sock.sendall(frame(DATA, 1, channel, b"x"))
+        thread.join(20)
+        assert isinstance(outcome[-1], files.StreamError) and "more" in str(outcome[-1])
+        kind, flags, _, _ = guest.frame()
+        assert (kind, flags) == (SIGNAL, protocol.FLAG_FAMILY), "it is killed"
+
+
+@pytest.mark.parametrize("said", [b"", frame(END, 1, 1), frame(END, 1, 1) + frame(END, 2, 1)])
+def test_files_that_have_come_and_do_not_end(
+    tmp_path: Path, said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_END_SECONDS", 0.1)
+    with fake() as (host, guest):
+        channel, thread, outcome = copy_out(host, guest, tmp_path / "out")
+        assert channel == 1
+        guest.sock.sendall(frame(DATA, 1, 1, TREE) + said)
+        thread.join(20)
+        assert isinstance(outcome[-1], files.StreamError) and "end" in str(outcome[-1])
+
+
+def test_a_copy_is_given_up_though_the_guest_does_not_listen(tmp_path: Path) -> None:
+    with fake() as (host, guest):
+        channel, thread, outcome = copy_out(host, guest, tmp_path / "out")
+        stuff(host, guest)
+        guest.sock.sendall(frame(DATA, 1, channel, b"nonsense"))
+        thread.join(20)
+        assert isinstance(outcome[-1], files.StreamError)
+
+
+def test_a_copy_that_is_done_though_nothing_of_it_was_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_END_SECONDS", 0.1)
+    (tmp_path / "file").write_bytes(bytes(1 << 20))
+    with fake() as (host, guest):
+
+        def pretend() -> None:
+            kind, _, channel, _ = guest.frame()
+            assert kind == REQUEST
+            guest.sock.sendall(frame(REPLY, 0, channel, STARTED))
+            await_full(host)
+            guest.sock.sendall(frame(EXIT, 0, channel, bytes(8)))
+
+        threading.Thread(target=pretend, daemon=True).start()
+        error = within(lambda: host.copy_in(str(tmp_path / "file"), "/x"))
+        assert isinstance(error, AgentError) and "takes nothing" in str(error)
+
+
+def test_an_interrupted_session_is_over_for_all_who_wait() -> None:
+    with fake() as (host, guest):
+        channel, thread, outcome = start(host, guest)
+        guest.sock.sendall(frame(REPLY, 0, channel, STARTED))
+        stuff(host, guest)
+        host.interrupt()
+        thread.join(20)
+        assert isinstance(outcome[-1], AgentGone)
+
+
+@pytest.mark.parametrize("hostile", ["\x1b]0;owned\a", "two\nlines", b"\x9b31m", "\u202ereversed"])
+def test_what_was_refused_does_not_steer_the_terminal(hostile: str | bytes) -> None:
+    text = str(protocol.AgentRefused(os.fsdecode(hostile), 2, protocol.STAGE_EXEC))
+    assert text.isprintable() and text.endswith("(program): No such file or directory")
 
 
 any_frame = st.builds(

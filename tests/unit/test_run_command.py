@@ -11,14 +11,21 @@ import signal
 import subprocess
 import sys
 import termios
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.unit.agent_guest import agent
+from vmrun.agent.protocol import ExitStatus
 from vmrun.errors import EXIT_TIMEOUT
+from vmrun.image.config import ImageConfig
+from vmrun.run import command as commands
+from vmrun.run.phases import Phases
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
@@ -191,6 +198,93 @@ def test_time_is_up_though_the_guest_does_not_listen() -> None:
 def test_time_is_up_though_nobody_takes_the_output() -> None:
     with running("sh", "-c", "head -c 200000 /dev/zero; exit 0", limit=2) as (process, _):
         assert process.wait(SECONDS) == EXIT_TIMEOUT
+
+
+class Starting:
+    """A place whose guest takes its time for the start of a command, and asks for a signal meanwhile."""
+
+    def __init__(self, ask: Callable[[], None] = lambda: None) -> None:
+        self.ask = ask
+        self.go = threading.Event()
+        self.signalled = threading.Event()
+        self.heard: list[int] = []
+
+    def execute(self, *_: Any, **how: Any) -> Any:
+        self.ask()
+        self.go.wait()
+        return self
+
+    # What the command is.
+
+    output_error = None
+
+    def signal(self, number: int) -> None:
+        self.heard.append(number)
+        self.signalled.set()
+
+    def poll(self) -> object:
+        return self
+
+    def wait(self, process: object, timeout: float) -> ExitStatus:
+        assert self.signalled.wait(SECONDS)
+        return ExitStatus(3, None, False, 0)
+
+    def run(self, timeout: float | None) -> commands.Outcome:
+        place = commands.Place(self.execute, self.wait, ImageConfig())
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        rescue = threading.Timer(SECONDS, self.go.set)
+        rescue.start()
+        try:
+            return commands.run(place, commands.Command(("x",)), deadline, timeout, Phases())
+        finally:
+            self.go.set()
+            rescue.cancel()
+
+
+def test_time_is_up_before_the_guest_has_started_it() -> None:
+    outcome = Starting().run(0.2)
+    assert outcome == commands.Outcome(
+        EXIT_TIMEOUT, "timed out after 0.2 s", own=True, started=False, stopped=True
+    )
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_a_signal_ends_what_the_guest_does_not_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "START_GRACE_SECONDS", 0.2)
+    number = signal.Signals[f"SIG{name}"]
+    outcome = Starting(lambda: os.kill(os.getpid(), number)).run(None)
+    assert (outcome.code, outcome.own, outcome.started, outcome.stopped) == (128 + number, True, False, True)
+    assert outcome.reason == f"SIG{name} before the guest had started the command"
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1"])
+def test_a_signal_reaches_what_is_just_being_started(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "START_GRACE_SECONDS", SECONDS)
+    number = signal.Signals[f"SIG{name}"]
+    seen = threading.Event()
+    noticed = commands._Asked.signal
+
+    def notice(asked: commands._Asked, number: int) -> None:
+        noticed(asked, number)
+        seen.set()
+
+    def ask() -> None:
+        os.kill(os.getpid(), number)
+        assert seen.wait(SECONDS)
+        starting.go.set()
+
+    monkeypatch.setattr(commands._Asked, "signal", notice)
+    starting = Starting(ask)
+    assert starting.run(None).code == 3
+    assert starting.heard == [number]
+
+
+def test_what_the_start_fails_with_is_told() -> None:
+    def fail() -> None:
+        raise ValueError("a NUL character")
+
+    with pytest.raises(ValueError, match="a NUL"):
+        Starting(fail).run(None)
 
 
 class Terminal:

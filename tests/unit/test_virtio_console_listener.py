@@ -5,7 +5,7 @@ hang up.
 import os
 import select
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -137,6 +137,50 @@ def test_one_who_is_gone_is_heard_out_by_a_guest_that_listens(listening: Listeni
     machine.give(1, 64)
     machine.settle()
     assert machine.read(1) == b"second"
+
+
+def test_a_guest_that_is_deaf_to_one_who_is_gone_holds_no_place(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = listening.machine
+    later: list[Callable[[], None]] = []
+    monkeypatch.setattr(machine.loop, "call_later", lambda seconds, call: later.append(call))
+    gone = listening.client()
+    gone.send(b"anybody?")
+    gone.close()
+    machine.settle()
+    client = listening.client()
+    client.send(b"me!")
+    machine.give(1, 3)
+    later.pop(0)()
+    machine.settle()
+    assert machine.read(1) == b"any", "it is only slow"
+    (link,) = listening.listener.links
+    assert not link.free
+    later.pop(0)()
+    machine.settle()
+    assert not later
+    machine.give(1, 64)
+    assert machine.read(1) == b"me!"
+    client.close()
+    machine.settle()
+    assert link.free
+
+
+def test_what_one_who_is_gone_has_said_stays_while_nobody_else_comes(
+    listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = listening.machine
+    later: list[Callable[[], None]] = []
+    monkeypatch.setattr(machine.loop, "call_later", lambda seconds, call: later.append(call))
+    gone = listening.client()
+    gone.send(b"anybody?")
+    gone.close()
+    machine.settle()
+    later.pop(0)()
+    machine.settle()
+    machine.give(1, 64)
+    assert machine.read(1) == b"anybody?"
 
 
 def test_clients_before_the_driver(tmp_path: Path) -> None:

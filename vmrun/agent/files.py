@@ -12,7 +12,7 @@ import os
 import stat
 import struct
 
-from vmrun.agent.protocol import PAYLOAD_MAX, AgentError, printable
+from vmrun.agent.protocol import PAYLOAD_MAX, AgentError, one_line
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DEPTH_MAX = 200
 _NAME_MAX = 255
 _TARGET_MAX = 4095
+_LEFT_OUT_MAX = 100
 _NUMBER = struct.Struct("<I")
 _ABOUT = struct.Struct("<IQ")  # mode, mtime in ns
 _CHUNK_FAILED = 0xFFFFFFFF
@@ -51,14 +52,27 @@ class Limits:
 
 
 class Totals:
-    """What a copy did; `left_out` says in words what it did not copy."""
+    """What a copy did."""
 
-    __slots__ = ("bytes", "entries", "left_out")
+    __slots__ = ("_left_out", "_more", "bytes", "entries")
 
     def __init__(self) -> None:
         self.bytes = 0
         self.entries = 0
-        self.left_out: list[str] = []
+        self._left_out: list[str] = []
+        self._more = 0
+
+    @property
+    def left_out(self) -> list[str]:
+        """In words what was not copied: a line for each, but in the end one for all beyond the first 100."""
+        return [*self._left_out, f"... and {self._more} more"] if self._more else list(self._left_out)
+
+    def leave_out(self, what: str) -> None:
+        """A guest may have any number of what cannot be copied; only the first are remembered."""
+        if len(self._left_out) < _LEFT_OUT_MAX:
+            self._left_out.append(what)
+        else:
+            self._more += 1
 
 
 def base_name(path: str) -> str:
@@ -71,9 +85,13 @@ def open_source(path: str) -> int:
 
 
 def entries(fd: int, totals: Totals) -> Iterator[bytes]:
-    """The stream for the file or directory `fd`, in pieces of 64 KiB or so. Raises OSError."""
-    yield from _batched(_tree(fd, b"", 0, totals))
-    yield _END
+    """The stream for the file or directory `fd`, in pieces of 64 KiB or so. Once begun, it closes `fd` at its
+    end. Raises OSError."""
+    try:
+        yield from _batched(_tree(fd, b"", 0, totals))
+        yield _END
+    finally:
+        os.close(fd)
 
 
 def _batched(parts: Iterator[bytes]) -> Iterator[bytes]:
@@ -127,7 +145,7 @@ def _inner(parent: int, name: bytes, depth: int, totals: Totals) -> Iterator[byt
         finally:
             os.close(fd)
     else:
-        totals.left_out.append(f"{os.fsdecode(name)}: neither file, directory nor link")
+        totals.leave_out(f"{one_line(name)}: neither file, directory nor link")
 
 
 def extract(
@@ -139,8 +157,16 @@ def extract(
     special_bits: bool = False,
 ) -> None:
     """Make files from a stream at `path`: a directory becomes `path` (or is merged into it), a file becomes
-    `path`, or `path`/`name` when that is a directory. Raises StreamError or OSError."""
-    _Extractor(read, totals, limits, 0o7777 if special_bits else 0o777).run(path, os.fsencode(name))
+    `path`, or `path`/`name` when that is a directory. What the umask forbids of the guest's permissions they
+    do not get. Raises StreamError or OSError."""
+    mask = (0o7777 if special_bits else 0o777) & ~_umask()
+    _Extractor(read, totals, limits, mask).run(path, os.fsencode(name))
+
+
+def _umask() -> int:
+    """Ours. To ask umask(2) would be to change it for a moment, in which other threads make files."""
+    with open("/proc/self/status", "rb") as status:
+        return next((int(line.split()[1], 8) for line in status if line.startswith(b"Umask:")), 0o077)
 
 
 class _Extractor:
@@ -239,7 +265,7 @@ class _Extractor:
     def _link(self, parent: int, name: bytes, mtime: int) -> None:
         target = self._text(_TARGET_MAX)
         if not _stays_inside(target, len(self._open) - 1):
-            self._totals.left_out.append(f"{printable(name)}: a link that leads out of the copied tree")
+            self._totals.leave_out(f"{one_line(name)}: a link that leads out of the copied tree")
             return
         _remove(parent, name)
         os.symlink(target, name, dir_fd=parent)

@@ -121,14 +121,26 @@ class Process:
         except AgentGone:
             pass  # and it with the guest
 
-    def join_input(self) -> None:
-        """After the end: wait until nothing reads `stdin` any more. It may be in the middle of a read."""
-        if self._pumping is not None:
-            self._pumping.join()
+    def join_input(self, timeout: float | None = None) -> bool:
+        """After the end: wait until nothing reads `stdin` any more. It may be in the middle of a read, or of
+        sending to a guest that takes nothing: then False after `timeout` seconds.
+        """
+        if self._pumping is None:
+            return True
+        self._pumping.join(timeout)
+        return not self._pumping.is_alive()
 
-    def discard(self, stream: int) -> None:
-        """Take what still comes on a stream that nobody wants any more, to its end."""
-        self._drain(stream, None)
+    def abandon(self, stream: int | None = None) -> None:
+        """Kill it, and take what still comes on `stream`, to its end. Waits for nothing: a hostile guest may
+        never listen, and send for ever.
+        """
+
+        def work() -> None:
+            self._try_kill()
+            if stream is not None:
+                self._drain(stream, None)
+
+        threading.Thread(target=work, daemon=True, name=f"agent-end-{self._channel}").start()
 
     def poll(self) -> ExitStatus | None:
         """Its end if it has come; output may still be on its way to its sinks."""

@@ -69,7 +69,8 @@ class AgentRefused(AgentError):
 
     def __init__(self, what: str, number: int, stage: int = 0) -> None:
         where = f" ({_STAGES[stage]})" if stage in _STAGES else ""
-        super().__init__(f"{what}{where}: {os.strerror(number)}")
+        # A hostile image chooses the words of its own command.
+        super().__init__(f"{one_line(what)}{where}: {os.strerror(number)}")
         self.errno = number
         self.stage = stage
 
@@ -175,3 +176,8 @@ def parse_exit(payload: bytes) -> ExitStatus:
 def printable(data: bytes) -> str:
     """What the guest says, for a terminal: no control characters, which could do anything to it."""
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in data.decode("utf-8", "replace"))
+
+
+def one_line(name: str | bytes) -> str:
+    """The same for a name or a line, which stays one."""
+    return printable(os.fsencode(name)).replace("\n", "?")

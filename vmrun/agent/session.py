@@ -12,6 +12,7 @@ waits for a consumer, so a guest that floods or stalls one stream holds up nothi
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 import threading
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from vmrun.agent.process import Sink, Source
+    from vmrun.agent.protocol import ExitStatus
 
     W = TypeVar("W", Process, "_Answer", "_Duty")
 
@@ -63,6 +65,8 @@ _HELLO_AGAIN = 0.25
 _CLOCK_TOLERANCE = 500_000_000  # ns that a restored guest's clock may be off: this is on its way for a while
 _CHANNELS = 200
 _ERROR_TEXT_BYTES = 4096
+_END_SECONDS = 30.0  # for the end of a copy whose last byte has come or gone
+_REASON_SECONDS = 5.0  # for what the guest says of one that it broke off
 _NUMBERS = frozenset(
     (
         "version",
@@ -152,7 +156,12 @@ class AgentSession:
         self._fail(AgentGone("the session was closed"))
         if self._reader is not None and self._reader is not threading.current_thread():
             self._reader.join()
-        self._sock.close()
+        with self._sending:  # whoever sends has come back, or would find another's descriptor
+            self._sock.close()
+
+    def interrupt(self) -> None:
+        """Whatever waits on it gets AgentGone, now and later; `close` still closes it."""
+        self._fail(AgentGone("the session was interrupted"))
 
     def hello(self, timeout: float = 60.0) -> None:
         """Begin: find the agent, past whatever an older session left in the stream.
@@ -210,7 +219,7 @@ class AgentSession:
         fields = struct.pack("<QIQ", now // 10**9, now % 10**9, _CLOCK_TOLERANCE)
         clock = self._frames(lambda channel: _Duty("setting the clock"), protocol.OP_SET_TIME, fields)
         self._listen(None)
-        self._send(protocol.hello(self._nonce, NOBODY, HELLO_AT_ONCE) + entropy[0] + clock[0])
+        self._send(protocol.hello(self._nonce, NOBODY, HELLO_AT_ONCE) + entropy[1] + clock[1])
 
     def _listen(self, begun: bytes | None) -> None:
         self._reader = threading.Thread(target=self._read, args=(begun,), daemon=True, name="agent")
@@ -296,7 +305,7 @@ class AgentSession:
         """Sync and end the machine. Returns when the agent has begun; the session ends with the machine."""
         how = struct.pack("<I", int(reset))
         # It waits for the end of its input: a guest that ends at once may never send its reply.
-        self._start("power off", protocol.OP_POWER, how, b"", None, None, timeout).join_input()
+        self._start("power off", protocol.OP_POWER, how, b"", None, None, timeout).join_input(timeout)
 
     def exec(
         self,
@@ -351,12 +360,16 @@ class AgentSession:
             process = self._start(
                 guest_path, protocol.OP_PUT, fields, files.entries(fd, totals), None, errors, 30.0
             )
-            try:
-                status = process.wait()
-            finally:
-                process.join_input()
-        finally:
+        except Exception:  # what interrupts us may come when somebody reads it already
             os.close(fd)
+            raise
+        try:
+            status = process.wait()
+        except BaseException:
+            process.abandon()
+            raise
+        if not process.join_input(_END_SECONDS):
+            raise AgentError(f"copying to {guest_path}: the guest is done, and takes nothing any more")
         if process.input_error is not None:
             raise process.input_error
         if status.exit_code:
@@ -387,22 +400,17 @@ class AgentSession:
                 limits or files.Limits(),
                 special_bits,
             )
+            status = _end_of_files(process)
         except BaseException as error:
-            process.kill()
-            # A hostile guest may send for ever; nobody waits for it.
-            threading.Thread(
-                target=process.discard, args=(STDOUT,), daemon=True, name="agent-discard"
-            ).start()
-            if isinstance(error, files.StreamEnd) and process.ended(5.0) and errors.data:
+            process.abandon(STDOUT)
+            if isinstance(error, files.StreamEnd) and process.ended(_REASON_SECONDS) and errors.data:
                 # The guest's own reason is the better one when its stream ended early.
                 raise _copy_error(f"copying from {guest_path}", errors) from error
             raise
-        while output.take():
-            pass
-        status = process.wait()
         if status.exit_code:
             raise _copy_error(f"copying from {guest_path}", errors)
-        totals.left_out += protocol.printable(bytes(errors.data)).splitlines()
+        for line in protocol.printable(bytes(errors.data)).splitlines():
+            totals.leave_out(line)
         return totals
 
     def _copy_fields(self, path: str, name: str, owner: str, special_bits: bool) -> bytes:
@@ -425,8 +433,11 @@ class AgentSession:
         stderr: Sink,
         timeout: float | None,
     ) -> Process:
-        process = self._open(lambda channel: Process(self, channel, stdin, stdout, stderr), operation, fields)
-        number, stage, _ = process.await_start(timeout)
+        deadline = _deadline(timeout)
+        process = self._open(
+            lambda channel: Process(self, channel, stdin, stdout, stderr), operation, fields, deadline
+        )
+        number, stage, _ = process.await_start(_left(deadline))
         if number:
             raise AgentRefused(what, number, stage)
         process.start_streams()
@@ -434,21 +445,27 @@ class AgentSession:
 
     def request(self, what: str, operation: int, fields: bytes, timeout: float | None) -> bytes:
         """Ask and wait for the answer's data. Raises AgentRefused, TimeoutError or AgentGone."""
-        number, stage, data = self._open(lambda channel: _Answer(), operation, fields).wait(timeout)
+        deadline = _deadline(timeout)
+        answer = self._open(lambda channel: _Answer(), operation, fields, deadline)
+        number, stage, data = answer.wait(_left(deadline))
         if number:
             raise AgentRefused(what, number, stage)
         return data
 
-    def _open(self, make: Callable[[int], W], operation: int, fields: bytes) -> W:
+    def _open(self, make: Callable[[int], W], operation: int, fields: bytes, deadline: float | None) -> W:
         """Take a channel, send the request, and return who waits for what comes on the channel."""
         if self._reader is None:
             raise AgentGone("the session has not begun")
-        frames, waiter = self._frames(make, operation, fields)
-        self._send(frames)
+        channel, frames, waiter = self._frames(make, operation, fields)
+        try:
+            self._send(frames, deadline)
+        except TimeoutError:
+            self._forget(channel)  # of which the guest has not heard
+            raise
         return waiter
 
-    def _frames(self, make: Callable[[int], W], operation: int, fields: bytes) -> tuple[bytes, W]:
-        """Take a channel: the request in bytes, and who waits for what comes on the channel."""
+    def _frames(self, make: Callable[[int], W], operation: int, fields: bytes) -> tuple[int, bytes, W]:
+        """Take a channel: its number, the request in bytes, and who waits for what comes on the channel."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure
@@ -466,20 +483,52 @@ class AgentSession:
             with self._lock:
                 del self._channels[channel]
             raise
-        return frames, waiter
+        return channel, frames, waiter
 
     def send(self, kind: int, flags: int, channel: int, payload: bytes = b"") -> None:
         """One frame; waits while the guest takes nothing. Raises AgentGone."""
         self._send(protocol.frame(kind, flags, channel, payload))
 
-    def _send(self, frames: bytes) -> None:
+    def _send(self, frames: bytes, deadline: float | None = None) -> None:
+        """All of `frames`, which are whole. Raises AgentGone, and TimeoutError when the guest has taken none
+        of it at `deadline`."""
+        left = _left(deadline)
+        if not self._sending.acquire(timeout=-1 if left is None else left):
+            raise TimeoutError("the guest does not answer")
+        rest = memoryview(frames)
         try:
-            with self._sending:
-                self._sock.sendall(frames)
+            while rest and self._failure is None:
+                try:
+                    # For this call only: the socket shares its flags with its duplicates.
+                    rest = rest[self._sock.send(rest, socket.MSG_DONTWAIT) :]
+                except BlockingIOError:
+                    self._await_room(deadline)
+        except TimeoutError:
+            if len(rest) == len(frames):
+                raise
+            # Nothing can follow a frame that is torn.
+            self._fail(AgentGone("the guest takes nothing any more"))
+        except (BrokenPipeError, ConnectionResetError) as error:
+            # What the guest said last, an exit code perhaps, may still be to be read: the reader goes on to
+            # the end of it, and tells all who wait.
+            gone = AgentGone(f"the connection to the agent has ended: {error.strerror}")
+            raise self._failure or gone from None
         except OSError as error:
             self._fail(AgentGone(f"the connection to the agent has ended: {error.strerror}"))
+        except BaseException:
+            self._fail(AgentGone("the session was interrupted"))
+            raise
+        finally:
+            self._sending.release()
         if self._failure is not None:
             raise self._failure
+
+    def _await_room(self, deadline: float | None) -> None:
+        left = _left(deadline)
+        room = select.poll()
+        room.register(self._sock, select.POLLOUT)
+        if not room.poll(None if left is None else left * 1000):
+            raise TimeoutError("the guest does not answer")
 
     def _find_hello(self, seen: bytearray) -> bytes | None:
         """The agent's nonce, once its hello has come; then `seen` is what came after it."""
@@ -601,6 +650,25 @@ class AgentSession:
             pass
         for waiter in waiters:
             waiter.on_failure(self._failure)
+
+
+def _end_of_files(process: Process) -> ExitStatus:
+    """How a copy out of the guest ended, whose tree has come: nothing else may come, nor the end not."""
+    try:
+        if not process.outputs[STDOUT].at_end(_END_SECONDS):
+            raise files.StreamError("the guest sent more than the files that it was asked for")
+        return process.wait(_END_SECONDS)
+    except TimeoutError:
+        raise files.StreamError("the guest has sent its files, and does not come to the end") from None
+
+
+def _deadline(timeout: float | None) -> float | None:
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def _left(deadline: float | None) -> float | None:
+    """The seconds until `deadline`, and 0 after it."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _copy_error(what: str, errors: Capture) -> AgentError:

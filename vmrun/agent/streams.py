@@ -72,6 +72,14 @@ class OutputStream:
             self._taken += len(data)
             return data
 
+    def at_end(self, timeout: float) -> bool:
+        """Whether all that came was taken, once the end or something more has come. Gives no credit. Raises
+        TimeoutError."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._ended or self._chunks or self._rest, timeout):
+                raise TimeoutError("the guest does not end what it sends")
+            return not self._chunks and not self._rest
+
     def read(self, size: int) -> bytes:
         """`size` bytes, or fewer at the end; for parsers."""
         parts = [self._rest[:size]]

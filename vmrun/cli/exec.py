@@ -5,7 +5,7 @@ import time
 from typing import TYPE_CHECKING, Annotated
 
 from vmrun.cli.declare import Argument, Option
-from vmrun.errors import EXIT_VMM, UserError
+from vmrun.errors import EXIT_TIMEOUT, EXIT_VMM, UserError
 
 if TYPE_CHECKING:
     from vmrun.agent.session import AgentSession
@@ -76,6 +76,9 @@ def shell(
 def cp(
     source: Annotated[str, Argument(metavar="FROM", help="A path here, or NAME:PATH in a machine.")],
     target: Annotated[str, Argument(metavar="TO", help="The other of the two.")],
+    timeout: Annotated[
+        str | None, Option(metavar="TIME", help="Give up after this long, as in 90s: exit code 68.")
+    ] = None,
 ) -> int:
     """Copy files and directories into a running machine, or out of it.
 
@@ -85,20 +88,33 @@ def cp(
 
     The guest must have our agent.
     """
+    from threading import Timer
+
+    from vmrun import units
     from vmrun.agent.files import Limits
     from vmrun.agent.protocol import AgentError
 
+    seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
     there, here = _machine_path(source), _machine_path(target)
     if (there is None) == (here is None):
         raise UserError(f"cp {source} {target}: give one of the two as NAME:PATH, a path in a machine")
     name, path = there or here or ("", "")
-    with _session(name) as session:
+    deadline = _deadline(seconds)
+    with _session(name, seconds, deadline) as session:
+        clock = Timer(deadline - time.monotonic(), session.interrupt)
+        clock.daemon = True
+        if seconds is not None:
+            clock.start()
         try:
             limits = Limits(bytes=COPY_LIMIT)
             totals = session.copy_out(path, target, limits=limits) if there else session.copy_in(source, path)
         except AgentError as error:
+            if time.monotonic() >= deadline:
+                raise _timed_out(seconds) from None
             raise UserError(str(error), EXIT_VMM) from None
-    for left_out in (name.replace("\n", "?") for name in totals.left_out):
+        finally:
+            clock.cancel()
+    for left_out in totals.left_out:
         print(f"vmrun: left out: {left_out}", file=sys.stderr)
     return 0
 
@@ -112,11 +128,11 @@ def _run(name: str, wanted: "Command", timeout: float | None, detach: bool = Fal
     from vmrun.run import command
     from vmrun.run.phases import Phases
 
-    with _session(name) as session:
+    deadline = _deadline(timeout)
+    with _session(name, timeout, deadline) as session:
         execute = partial(session.exec, timeout=START_SECONDS)
         place = command.Place(execute, Process.wait, ImageConfig())
         try:
-            deadline = float("inf") if timeout is None else time.monotonic() + timeout
             outcome = (
                 command.start(place, wanted)
                 if detach
@@ -135,7 +151,17 @@ def _machine_path(text: str) -> tuple[str, str] | None:
     return (name, path or ".") if colon and name and "/" not in name else None
 
 
-def _session(name: str) -> "AgentSession":
+def _deadline(timeout: float | None) -> float:
+    """Of time.monotonic."""
+    return float("inf") if timeout is None else time.monotonic() + timeout
+
+
+def _timed_out(timeout: float | None) -> UserError:
+    return UserError(f"timed out after {timeout:g} s", EXIT_TIMEOUT)
+
+
+def _session(name: str, timeout: float | None, deadline: float) -> "AgentSession":
+    """With the agent of `name`, who answers before `deadline`, which is `timeout` seconds after the start."""
     from threading import Timer
 
     from vmrun.agent.protocol import AgentGone
@@ -153,8 +179,10 @@ def _session(name: str) -> "AgentSession":
     if sys.stderr.isatty():  # elsewhere stderr is the command's, byte for byte
         hint.start()
     try:
-        return open_session(directory, ANSWER_SECONDS)
+        return open_session(directory, min(ANSWER_SECONDS, deadline - time.monotonic()))
     except (AgentGone, UserError) as error:
+        if time.monotonic() >= deadline:
+            raise _timed_out(timeout) from None
         raise UserError(
             f"{name}: {error}: is there an agent in its guest? (docs/agent.md)", EXIT_VMM
         ) from None

@@ -9,8 +9,10 @@ gets what was written and then the end of file. When the client goes, the guest 
 polls as hung up and reads as ended); what the guest wrote and nobody took is kept for the next client. The
 next client's stream may thus begin with the rest of a message for the last one, and so may the guest's: after
 PORT_OPEN, and after a restore, both must be able to find the first whole message, say by a greeting that
-cannot be part of another. A client that only shuts down its writing half still gets all the output; the guest
-cannot be told of that, the protocol has no word for it.
+cannot be part of another. What a client sent before it went waits for a guest that is slow; of a guest that
+takes nothing of it for some seconds, the next client may have the port, and the rest is lost. A client that
+only shuts down its writing half still gets all the output; the guest cannot be told of that, the protocol has
+no word for it.
 """
 
 import fcntl
@@ -32,6 +34,7 @@ UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 BACKLOG = 16  # clients that wait for their turn
 FAREWELL_READ = 1 << 20  # bytes from a client that are thrown away when the guest has closed
 ACCEPT_AGAIN_SECONDS = 1.0
+UNHEARD_SECONDS = 5.0  # for a guest to take something of what one who is gone has left
 MAX_BUFFERS = 1024  # UIO_MAXIOV: more are refused, and a guest may make a chain of more
 
 
@@ -47,15 +50,17 @@ class PortLink:
         self._loop = loop
         self._connection: socket.socket | None = None
         self._hung_up = False  # the client is gone; there may be bytes of it that the guest has not taken
+        self._unheard = False  # and will not take them, it seems
         self._ended = False  # there is nothing more to read
         port.host = self
 
     @property
     def free(self) -> bool:
         """Whether a client can have the port: there is none, or one that is gone and left words that no
-        program in the guest listens to.
+        program in the guest listens to, though a hostile one may have the port open.
         """
-        return self._connection is None or (self._hung_up and not self.port.guest_open)
+        deaf = self._unheard or not self.port.guest_open
+        return self._connection is None or (self._hung_up and deaf)
 
     def connect(self, connection: socket.socket) -> None:
         """Join `connection`, a UNIX stream socket, to the port, and own it. RuntimeError when the port is not
@@ -66,7 +71,7 @@ class PortLink:
         self._drop()
         connection.setblocking(False)
         self._connection = connection
-        self._hung_up = self._ended = False
+        self._hung_up = self._unheard = self._ended = False
         self._loop.watch_hangup(connection.fileno(), self._hangup)
         self.port.host_opened()
 
@@ -156,8 +161,23 @@ class PortLink:
             self._leave(connection)
             return
         self.port.input_ready()
+        self._await_ear(connection)
         if self.free:
             self.on_free()
+
+    def _await_ear(self, connection: socket.socket) -> None:
+        left = _unread(connection)
+
+        def look() -> None:
+            if connection is not self._connection:
+                return
+            if _unread(connection) < left:
+                self._await_ear(connection)
+            else:
+                self._unheard = True
+                self.on_free()
+
+        self._loop.call_later(UNHEARD_SECONDS, look)
 
     def _farewell(self, connection: socket.socket) -> None:
         """The guest has closed. The client reads the end of file, if it has not sent too much that nobody

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,8 @@ FORWARDED = (
 # A command that was asked to end by one of these has so many seconds for it.
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 GRACE_SECONDS = 10.0
+# One that is asked to end while it is being started may have started: so long it may take to say so.
+START_GRACE_SECONDS = 2.0
 LOOK_SECONDS = 0.5
 # When the time is up: for the command to be killed, and for what it has printed to arrive.
 KILL_SECONDS = 3.0
@@ -53,7 +55,7 @@ class Command:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The exit code for the shell, and why in one line. `own` tells vmrun's codes from the command's,
-    `started` whether it was one that could be, `stopped` whether it had to be ended.
+    `started` whether the guest has started it, `stopped` whether it had to be ended.
     """
 
     code: int
@@ -88,18 +90,24 @@ def run(place: Place, command: Command, deadline: float, timeout: float | None, 
     with _signals() as asked, _terminal(command.tty) as size:
         try:
             with phases.phase("start of the command"):
-                process = place.execute(
-                    argv,
-                    env=_environment(command),
-                    cwd=command.workdir,
-                    user=command.user,
-                    tty=size,
-                    stdin=0,
-                    stdout=1,
-                    stderr=2,
+                process = _started(
+                    lambda: place.execute(
+                        argv,
+                        env=_environment(command),
+                        cwd=command.workdir,
+                        user=command.user,
+                        tty=size,
+                        stdin=0,
+                        stdout=1,
+                        stderr=2,
+                    ),
+                    deadline,
+                    asked,
                 )
         except AgentRefused as error:
             return Outcome(error.exit_code, _refusal(error, command), started=False)
+        if process is None:
+            return _not_started(deadline, timeout, asked)
         asked.begin(process)
         try:
             with phases.phase("command"):
@@ -107,6 +115,42 @@ def run(place: Place, command: Command, deadline: float, timeout: float | None, 
         finally:
             if process.poll() is None:
                 process.end(KILL_SECONDS)
+
+
+def _started(execute: Callable[[], Process], deadline: float, asked: "_Asked") -> Process | None:
+    """What `execute` starts; None when it has not until `deadline`, or soon after we were asked to end. It is
+    on a thread then, until its session ends: a hostile guest may take the request for ever.
+    """
+    done: SimpleQueue[Process | BaseException] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put(execute())
+        except BaseException as error:
+            done.put(error)
+
+    threading.Thread(target=work, name="start", daemon=True).start()
+    while True:
+        left = min(deadline, asked.start_deadline) - time.monotonic()
+        try:
+            # In slices, as below.
+            result = done.get(timeout=min(max(left, 0.0), LOOK_SECONDS))
+        except Empty:
+            if left <= 0:
+                return None
+            continue
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+def _not_started(deadline: float, timeout: float | None, asked: "_Asked") -> Outcome:
+    if asked.start_deadline < deadline:
+        name = signal.Signals(asked.first).name
+        code, reason = 128 + asked.first, f"{name} before the guest had started the command"
+    else:
+        code, reason = EXIT_TIMEOUT, f"timed out after {timeout:g} s"
+    return Outcome(code, reason, own=True, started=False, stopped=True)
 
 
 def start(place: Place, command: Command) -> Outcome:
@@ -129,12 +173,13 @@ def _environment(command: Command) -> dict[str, str]:
 
 class _Asked:
     """What the command was asked to do: by which signal to end, and until when it may take. A thread tells
-    the guest, for a guest may not listen, and signal handlers and time limits cannot wait for it.
+    the guest, for a guest may not listen, and signal handlers and time limits cannot wait for it. `first` and
+    `start_deadline` are the same for one that has not been started yet.
     """
 
     def __init__(self) -> None:
-        self.number = 0
-        self.deadline = float("inf")
+        self.number = self.first = 0
+        self.deadline = self.start_deadline = float("inf")
         self._orders: SimpleQueue[Callable[[Process], None] | None] = SimpleQueue()
 
     def begin(self, process: Process) -> None:
@@ -142,6 +187,8 @@ class _Asked:
         threading.Thread(target=self._tell, args=(process,), name="asked", daemon=True).start()
 
     def signal(self, number: int) -> None:
+        if number in (signal.SIGINT, *ENDING) and not self.first:
+            self.first, self.start_deadline = number, time.monotonic() + START_GRACE_SECONDS
         if number in ENDING and not self.number:
             self.number, self.deadline = number, time.monotonic() + GRACE_SECONDS
         self._orders.put(lambda process: process.signal(number))

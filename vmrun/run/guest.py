@@ -5,6 +5,7 @@ first disk and stays PID 1 above it (vmrun.guestkit.guest_agent).
 """
 
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,14 +91,13 @@ def connect(owned: Owned, seconds: float) -> AgentSession:
 
 def open_session(directory: Path, seconds: float) -> AgentSession:
     """The same for the machine with the runtime directory `directory`."""
-    session = AgentSession(_connect(directory / runtime.AGENT))
+    deadline = time.monotonic() + seconds
+    session = AgentSession(_connect(directory / runtime.AGENT, seconds))
     try:
-        session.hello(seconds)
+        session.hello(deadline - time.monotonic())
     except TimeoutError:
         session.close()
-        raise UserError(
-            f"the agent in the guest does not answer within {seconds:g} s", EXIT_TIMEOUT
-        ) from None
+        raise _no_answer(seconds) from None
     except BaseException:
         session.close()
         raise
@@ -109,7 +109,7 @@ def connect_restored(directory: Path) -> AgentSession:
     once: the guest gets random numbers of its own and the right time before anything that it is asked for.
     AgentGone when the machine ends instead.
     """
-    session = AgentSession(_connect(directory / runtime.AGENT))
+    session = AgentSession(_connect(directory / runtime.AGENT, ANSWER_SECONDS))
     try:
         session.hello_restored()
     except BaseException:
@@ -118,12 +118,30 @@ def connect_restored(directory: Path) -> AgentSession:
     return session
 
 
-def _connect(path: Path) -> socket.socket:
+def _connect(path: Path, seconds: float) -> socket.socket:
+    deadline = time.monotonic() + seconds
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        # The runtime directory's path is short, or was made so (vmrun.control.runtime).
-        sock.connect(str(path))
+        sock.setblocking(False)
+        while True:
+            try:
+                # The runtime directory's path is short, or was made so (vmrun.control.runtime).
+                sock.connect(str(path))
+                break
+            except BlockingIOError:
+                # Too many wait for their turn, which a guest that holds its ports may never let them have.
+                if time.monotonic() > deadline:
+                    raise _no_answer(seconds) from None
+                time.sleep(0.01)
+        sock.setblocking(True)
     except OSError as error:
         sock.close()
         raise AgentGone(f"the machine is gone: {error.strerror}") from None
+    except BaseException:
+        sock.close()
+        raise
     return sock
+
+
+def _no_answer(seconds: float) -> UserError:
+    return UserError(f"the agent in the guest does not answer within {seconds:g} s", EXIT_TIMEOUT)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 from vmrun.agent.files import Limits as CopyLimits
 from vmrun.agent.files import Totals
 from vmrun.agent.process import Capture, Process
-from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus
+from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus, one_line
 from vmrun.agent.session import MS_RDONLY, AgentSession
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
@@ -76,8 +76,9 @@ class Result:
     def check(self) -> "Result":
         """Itself. UserError when the command failed."""
         if self.exit_code:
-            said = self.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise UserError(f"exit code {self.exit_code}" + (f": {said[-1]}" if said else ""), self.exit_code)
+            said = self.stderr.strip().splitlines()
+            last = f": {one_line(said[-1])}" if said else ""
+            raise UserError(f"exit code {self.exit_code}{last}", self.exit_code)
         return self
 
 
@@ -184,7 +185,10 @@ class Sandbox:
         )
         script = "echo nameserver $1 >/etc/resolv.conf"
         # An image without a shell has no use for names either, or brings its own.
-        self.run(["/bin/sh", "-c", script, "sh", gateway], user="0", cwd="/")
+        try:
+            self.run(["/bin/sh", "-c", script, "sh", gateway], user="0", cwd="/", timeout=ANSWER_SECONDS)
+        except CommandTimeout as error:
+            raise UserError(f"the image's /bin/sh, for the name server: {error}", EXIT_VMM) from None
 
     def _begin(
         self,
@@ -436,6 +440,7 @@ class Running:
         self._stdout, self._stderr = Capture(limit), Capture(limit)
         self._refused: AgentRefused | None = None
         self._process: Process | None = None
+        self._killed = False
         try:
             self._process = sandbox.exec(
                 argv, env=env, cwd=cwd, user=user, stdin=input, stdout=self._stdout, stderr=self._stderr
@@ -453,19 +458,19 @@ class Running:
         try:
             status = self._sandbox.wait(self._process, timeout)
         except TimeoutError:
-            self._process.end(KILL_SECONDS)
+            self.kill()
             raise CommandTimeout(timeout or 0.0, self._result(EXIT_TIMEOUT)) from None
         return replace(
             self._result(status.exit_code), signal=status.signal, out_of_memory=status.out_of_memory
         )
 
     def kill(self) -> None:
-        """SIGKILL to all that the command has started. Nothing happens when it has ended."""
-        if self._process is not None:
-            try:
-                self._process.kill()
-            except AgentGone:
-                pass  # and it with the machine
+        """SIGKILL to all that the command has started. Returns when it has ended, or a hostile guest has had
+        15 seconds for it. Nothing happens when it was killed before.
+        """
+        if self._process is not None and not self._killed:
+            self._killed = True
+            self._process.end(KILL_SECONDS)
 
     def _result(self, code: int, said: bytes = b"") -> Result:
         stdout, stderr = self._stdout, self._stderr
