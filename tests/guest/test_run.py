@@ -481,7 +481,7 @@ def test_a_machine_without_an_agent(nothing_left: None, hanging: Path) -> None:
         for words in (("exec", name, "--", "true"), ("cp", "/etc/passwd", f"{name}:/tmp/x")):
             done = vmrun(*words)
             assert done.returncode == 70
-            assert b"is there an agent in its guest?" in done.stderr
+            assert b"is there one (docs/agent.md)?" in done.stderr
     finally:
         vmrun("stop", "--force", "--wait", name)
     assert b"there is no machine" in vmrun("exec", name, "--", "true").stderr

@@ -71,6 +71,21 @@ def test_a_life(config: MachineConfig, tmp_path: Path) -> None:
     assert names == {"x.qcow2", "x.1.qcow2"}
 
 
+def test_what_is_asked_of_a_machine_that_was_just_restored(config: MachineConfig, tmp_path: Path) -> None:
+    """It begins by holding still, which must neither end what is asked for next nor be ended by it."""
+    with Machine.boot(config) as machine:
+        machine.snapshot(tmp_path / "s", end=True)
+    for number in range(5):
+        with Machine.restore(tmp_path / "s", throw_away=True) as machine:
+            machine.pause()
+            assert machine.status().state == "paused"
+        with Machine.restore(tmp_path / "s", throw_away=True) as machine:
+            machine.snapshot(tmp_path / f"s{number}")
+            assert machine.status().state == "running"
+        with Machine.restore(tmp_path / "s", throw_away=True) as machine:
+            assert machine.stop().code == 143  # nobody in it can be asked
+
+
 def test_a_quota_outlives_a_snapshot(config: MachineConfig, tmp_path: Path) -> None:
     (disk,) = config.disks
     assert isinstance(disk, DiskConfig)

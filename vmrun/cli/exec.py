@@ -161,7 +161,9 @@ def _timed_out(timeout: float | None) -> UserError:
 
 
 def _session(name: str, timeout: float | None, deadline: float) -> "AgentSession":
-    """With the agent of `name`, who answers before `deadline`, which is `timeout` seconds after the start."""
+    """With the agent of `name`, who answers before `deadline`, which is `timeout` seconds after the start, or
+    soon if there is none.
+    """
     from threading import Timer
 
     from vmrun.agent.protocol import AgentGone
@@ -179,12 +181,13 @@ def _session(name: str, timeout: float | None, deadline: float) -> "AgentSession
     if sys.stderr.isatty():  # elsewhere stderr is the command's, byte for byte
         hint.start()
     try:
-        return open_session(directory, min(ANSWER_SECONDS, deadline - time.monotonic()))
+        return open_session(directory, ANSWER_SECONDS if timeout is None else deadline - time.monotonic())
     except (AgentGone, UserError) as error:
         if time.monotonic() >= deadline:
             raise _timed_out(timeout) from None
         raise UserError(
-            f"{name}: {error}: is there an agent in its guest? (docs/agent.md)", EXIT_VMM
+            f"{name}: {error}: is there one (docs/agent.md)? If it still boots, --timeout 5m waits longer",
+            EXIT_VMM,
         ) from None
     finally:
         hint.cancel()

@@ -168,7 +168,7 @@ class _Lives:
                 if not starter.running(self._config.name):
                     machine.end(EXIT_VMM, "whoever started the machine was gone before it ran")
 
-            machine.loop.call_soon(tell)
+            machine.when_begun(tell)
         if self._confined:
             from vmrun.machine.confine import confine
 

@@ -164,6 +164,7 @@ class Machine:
         self.vcpus: list[VcpuThread] = []
         self.workers: dict[str, SupervisedWorker] = {}
         self.on_config: Callable[[MachineConfig], None] = lambda config: None
+        self._on_begun: Callable[[], None] = lambda: None
         self._saved = saved
         self._termination_asked = False
         self._software_kvm = kvm_flavour() == "pvm"
@@ -415,12 +416,21 @@ class Machine:
 
     def _restored(self, error: str | None) -> None:
         """What was restored holds still. Or it runs: it was to stop, or to go on, before it did."""
-        if error == RESUMED:
-            return
-        if error is not None:
+        if error is not None and error != RESUMED:
             self.end(EXIT_VMM, error)
-        elif self._saved is not None and not self._saved.hold:
+            return
+        if error is None and self._saved is not None and not self._saved.hold:
             self.pause.resume()
+        self._on_begun()
+
+    def when_begun(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called once on the main loop, when the machine runs or, restored, is to hold still
+        and does: a pause before that would be ended with the one that a restore begins with. Before `run`.
+        """
+        if self._saved is None:
+            self.loop.call_soon(callback)
+        else:
+            self._on_begun = callback
 
     def use_agent(self, listener: PortListener) -> None:
         """`listener` leads to the agent's ports. A restored guest that has one is told who it is now, before
