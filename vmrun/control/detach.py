@@ -103,15 +103,12 @@ class Starting:
         os.close(write_end)
 
     def result(self) -> str:
-        """Wait until the machine runs; returns its name. Interrupted, it may be called again.
+        """Wait until the machine runs; returns its name.
 
         A VMM that ended before its machine ran, or raised (what `describe` makes one line of), is a UserError
         here, with the same code and text.
         """
-        try:
-            os.waitpid(self._pid, 0)
-        except ChildProcessError:
-            pass  # waited for before we were interrupted
+        os.waitpid(self._pid, 0)
         line = self._pipe.readline()
         self.close()
         if not line:

@@ -7,11 +7,13 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 from vmrun.control import detach, runtime, session
@@ -91,34 +93,38 @@ def start(
 ) -> Iterator[tuple[MachineEntry, UserError | None]]:
     """Start the machines, so many at a time as `rule` says; tells of each when it runs, or why it does not.
 
-    When this is interrupted (KeyboardInterrupt), those that have been begun are told first.
+    On SIGINT those that have been begun are told before it raises KeyboardInterrupt; on a second one they
+    come up without us. Main thread.
     """
     waiting = list(machines)
-    while waiting:
-        group, waiting = waiting[: rule.parallel], waiting[rule.parallel :]
-        begun: list[tuple[MachineEntry, detach.Starting]] = []
-        interrupted = False
-        try:
-            for machine in group:
-                others = [starting for _, starting in begun]
-                begun.append((machine, detach.Starting(_vmm(machine, lock), describe, others)))
-        except KeyboardInterrupt:
-            interrupted = True
-        while begun:
-            machine, starting = begun[0]
-            try:
-                failure = _failure(starting)
-            except KeyboardInterrupt:
-                if interrupted:
-                    raise  # twice: the machines come up without us
-                interrupted = True
-                continue
-            del begun[0]
-            yield machine, failure
-        if interrupted:
+    asked = resting = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Not raised anywhere: what a machine says of itself would be lost half-way from its pipe to the user.
+        nonlocal asked
+        if asked or resting:
             raise KeyboardInterrupt
-        if waiting:
-            time.sleep(rule.delay)
+        asked = True
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        while waiting and not asked:
+            group, waiting = waiting[: rule.parallel], waiting[rule.parallel :]
+            begun: list[tuple[MachineEntry, detach.Starting]] = []
+            for machine in group:
+                if not asked:
+                    others = [starting for _, starting in begun]
+                    begun.append((machine, detach.Starting(_vmm(machine, lock), describe, others)))
+            for machine, starting in begun:
+                yield machine, _failure(starting)
+            resting = True  # first: what comes now interrupts the sleep, what came is seen
+            if waiting and not asked:
+                time.sleep(rule.delay)
+            resting = False
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _vmm(machine: MachineEntry, lock: int) -> Callable[[detach.Detached], tuple[int, str]]:
