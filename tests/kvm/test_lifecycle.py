@@ -381,3 +381,24 @@ def test_it_keeps_no_descriptor_of_whoever_started_it(bare_kernel: Kernel) -> No
             os.close(write_end)
         assert select.select([theirs], [], [], 30)[0] and theirs.read() == b""
     assert list(runtime.running()) == ["web"]
+
+
+def test_a_guest_that_halts_for_good_has_ended(bare_kernel: Kernel) -> None:
+    """With interrupts off; the second CPU never starts. It makes no exit by which that could be seen."""
+    ended = vmrun(
+        "boot", "--kernel", bare_kernel("cli; dead: hlt; jmp dead"), "--cpus", "2", "--timeout", "60s"
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_guest_that_waits_for_an_interrupt_has_not(bare_kernel: Kernel) -> None:
+    """Nor has one that was paused: it is asked when it goes on."""
+    start(bare_kernel("sti; idle: hlt; jmp idle"))
+    with MachineClient("web") as client:
+        before = client.inspect()["exits"]
+        while client.inspect()["exits"] == before:
+            assert client.status().state == "running"
+        client.pause()
+        assert client.status().state == "paused"
+        client.resume()
+        assert client.stop_and_wait(force=True).code == STOPPED

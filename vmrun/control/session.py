@@ -154,6 +154,8 @@ class _Lives:
             machine.stack.callback(listener.close)
             if not self._confined:  # it could not talk to it; its owner does
                 machine.use_agent(listener)
+        if not self._confined:
+            machine.watch_halts()
         machine.adopt(replace(machine.config, disks=named(machine.config.disks, machine.config.name)))
         self._server.serve(machine.loop, MachineControl(machine, confined=self._confined))
         if self._starter is not None and self._starter.owner_fd >= 0:

@@ -71,6 +71,7 @@ SOFTWARE_KVM_NOTE = (
     "vmrun: this KVM has no VMX or SVM: it interprets the guest's kernel (slowly), vmrun finishes what it "
     "leaves undone; programs run at full speed. See `vmrun doctor`"
 )
+WATCH_SECONDS = 1.0  # of a machine's life until it is watched for having halted
 # How often a restored guest's agent that does not take who it is now is told again, and after how long.
 GREET_AGAIN, GREET_AGAIN_SECONDS = 3, 1.0
 # What the guest's agent listens on: for so many callers at once.
@@ -474,6 +475,20 @@ class Machine:
             return True
 
         self.shutdown.ask_agent = ask
+
+    def watch_halts(self) -> None:
+        """End the machine when its guest halts for good; before `run`. Not for a VMM that is confined, which
+        may not ask KVM for it.
+        """
+
+        def begin() -> None:
+            from vmrun.machine.halt import HaltWatch  # many have ended by now
+
+            HaltWatch(
+                self.loop, self.vcpus, self.pause, lambda: self._end_requested(0, "the guest halted")
+            ).start()
+
+        self.loop.call_later(WATCH_SECONDS, begin)
 
     def halt(self) -> None:
         """Memory is lost: have the vCPUs leave the guest, and nobody use what they would read. Any thread; it
