@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -33,7 +34,7 @@ from vmrun.errors import EXIT_IMAGE, UserError
 from vmrun.guestkit import cache as kit_cache
 from vmrun.guestkit.progress import Silent
 from vmrun.image import Limits, cache, resolve
-from vmrun.image.source import parse
+from vmrun.image.source import Source, parse
 
 pytestmark = pytest.mark.skipif(
     shutil.which("mke2fs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None, reason="no e2fsprogs"
@@ -539,3 +540,16 @@ def test_directory_keeps_attributes(tmp_path: Path) -> None:
         pytest.skip(f"no extended attributes here: {error}")
     image = resolve(root)
     assert 'user.mark (5) = "value"' in facts(image.disk, "/f")
+
+
+def test_a_tar_of_a_layout_that_begins_with_its_directory(tmp_path: Path) -> None:
+    """As `tar -C layout -cf x.tar .` makes them; said to be OCI it is not taken for a directory."""
+    archive = tmp_path / "x.tar"
+    with tarfile.open(archive, "w") as made:
+        for name in ("./", "./oci-layout"):
+            entry = tarfile.TarInfo(name)
+            entry.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
+            made.addfile(entry)
+    assert parse(archive, Limits()).kind == "docker"
+    assert parse(f"oci:{archive}", Limits()) == Source("docker", archive)
+    assert parse(f"oci:{archive}:name", Limits()) == Source("docker", archive, "name")

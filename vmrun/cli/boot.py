@@ -99,7 +99,7 @@ def boot(
     seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
     for each in config.disks:
         if isinstance(each, DiskConfig) and not (each.read_only or each.throw_away):
-            _warn_of_images_above(each.path)
+            _refuse_below_others(each.path)
 
     if detach:
         return _boot_detached(config, name, seconds)
@@ -113,14 +113,16 @@ def boot(
     return outcome.code
 
 
-def _warn_of_images_above(disk: Path) -> None:
+def _refuse_below_others(disk: Path) -> None:
+    """An image below others must not change: they, and perhaps a snapshot, would be lost for good."""
     from vmrun.host.overlays import images_above
 
-    for above in images_above(disk):
-        print(
-            f"vmrun: disk {disk}: {above.name} lies on it, and maybe a snapshot: writing destroys them. "
-            f"Boot {above.name}, or add ,throwaway",
-            file=sys.stderr,
+    if found := images_above(disk):
+        above = found[-1].name
+        raise UserError(
+            f"disk {disk}: {above} lies on it, and perhaps a snapshot: writing to it would destroy them. "
+            f"Boot {above}, add ,throwaway or ,ro, or remove {above} first",
+            EXIT_IMAGE,
         )
 
 

@@ -66,20 +66,25 @@ def parse(spec: str | Path, limits: Limits) -> Source:
 
 def _tagged(kind: str, rest: str) -> Source:
     """A path and perhaps a name; either may have colons in it, so the shortest path that is there counts."""
+    path, tag = rest, ""
     position = rest.find(":")
     while position >= 0 and not os.path.lexists(rest):
         if os.path.lexists(rest[:position]):
-            return Source(kind, Path(rest[:position]), rest[position + 1 :])
+            path, tag = rest[:position], rest[position + 1 :]
+            break
         position = rest.find(":", position + 1)
-    return Source(kind, Path(rest))
+    if kind == "oci" and os.path.isfile(path):
+        kind = "docker"  # a tar of a layout, which is read like the layouts that `docker save` writes
+    return Source(kind, Path(path), tag)
 
 
 def _archive_kind(path: Path, limits: Limits) -> str:
-    """ "docker" or "tar", by the name of its first file."""
+    """ "docker" or "tar", by the name of its first entry; `tar -C DIRECTORY .` puts the directory itself first."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         source = Decompressed(FileSlice(fd, 0, os.fstat(fd).st_size), f"image {path}", limits)
-        first = next(iter(Archive(source, f"image {path}")), None)
+        members = iter(Archive(source, f"image {path}"))
+        first = next((each for each in members if each.name.strip(b"./")), None)
     except UserError as error:
         suffixes = ", ".join(sorted(SUFFIXES))
         raise refused(f"{error} (disks are told by their suffix, {suffixes}, or raw:{path})") from None
