@@ -93,6 +93,8 @@ void link_close(void);
 bool link_is_open(void);
 /* Whether there is a session: both hellos went both ways. */
 bool link_is_synchronous(void);
+/* Whether the port's end is perhaps only that Linux has not said yet that the host has opened it. */
+bool link_host_may_come(void);
 short link_wants(void);
 /* Read, handle and write what poll found; false when the host has gone. */
 bool link_serve(short found);

@@ -35,6 +35,11 @@ static uint32_t frame_size;
 static uint8_t out[OUT_BYTES];
 static uint32_t out_at, out_end;
 static int64_t hold_until; /* 0: what is there goes out */
+/*
+ * The port was seen to be open on the host's side. Linux hands out what the host sends at once, and works off
+ * later that the host has opened: until then a read has no end and no data, but zero bytes, as when it has left.
+ */
+static bool host_seen;
 
 static uint32_t little(const uint8_t *bytes, int count)
 {
@@ -57,6 +62,12 @@ void link_open(int fd)
 	state = LOST;
 	in_at = in_frames = in_size = magic_end = matched = hello_size = frame_size = out_at = out_end = 0;
 	memset(host_nonce, 0, sizeof host_nonce);
+	host_seen = false;
+}
+
+bool link_host_may_come(void)
+{
+	return state == SYNCHRONOUS && !host_seen;
 }
 
 void link_close(void)
@@ -332,6 +343,7 @@ bool link_flush(void)
 
 		if (count < 0)
 			return errno == EAGAIN || errno == EINTR;
+		host_seen = true;
 		out_at += (uint32_t)count;
 		if (out_at == out_end)
 			out_at = out_end = 0;
@@ -349,8 +361,10 @@ bool link_serve(short found)
 	{
 		ssize_t count = read(in_fd, in, sizeof in);
 
-		if (count < 0)
+		if (count < 0) {
+			host_seen = host_seen || errno == EAGAIN;
 			return errno == EAGAIN || errno == EINTR;
+		}
 		if (count == 0) {
 			errno = 0;
 			return false;

@@ -201,7 +201,8 @@ __attribute__((noreturn)) static void serve(int port)
 			forget_away();
 			continue;
 		}
-		link_open(port);
+		if (!link_host_may_come())
+			link_open(port);
 		if (away < 0)
 			host_left(port);
 	}
