@@ -390,7 +390,7 @@ def test_cp_both_ways(sandbox: Sandbox, tmp_path: Path) -> None:
     assert vmrun("cp", f"{sandbox.name}:/tmp/there", tmp_path / "out").returncode == 0
     assert (tmp_path / "out").read_bytes() == data
     missing = vmrun("cp", f"{sandbox.name}:/tmp/nothing", tmp_path / "x")
-    assert missing.returncode == 70
+    assert missing.returncode == 64
     assert b"No such file" in missing.stderr and not (tmp_path / "x").exists()
 
 

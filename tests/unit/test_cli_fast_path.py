@@ -49,7 +49,8 @@ VALUES = st.one_of(
         ["", "-", "--", "7", "-7", "0x7", "007", "٣", "a", "a b", "x.qcow2,ro", "=", "a=b", "/dev/sda"]
     ),
     st.sampled_from(["boot", "--help", "-h", "--fla", "-fn", "-n7", "-vd", "--no-flag", "--disk", "\udcff"]),
-    st.text(max_size=4),
+    # No word that a program is given can have a NUL.
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=4),
 )
 
 

@@ -16,7 +16,8 @@ import pytest
 from vmrun import cli, errors
 from vmrun.agent.files import StreamError
 from vmrun.agent.protocol import AgentError
-from vmrun.cli import app, fast_path, run_command
+from vmrun.cli import app, fast_path, run_command, typer_app
+from vmrun.cli.declare import parameters
 from vmrun.control import client
 from vmrun.errors import UserError
 from vmrun.guestkit.progress import Lines, waiting
@@ -25,6 +26,7 @@ from vmrun.run import templates
 from vmrun.run.command import Outcome
 from vmrun.run.ending import SandboxEnded
 from vmrun.run.phases import Phases
+from vmrun.run.sandbox import CopyError
 from vmrun.run.spec import SandboxSpec
 
 SECONDS = 20.0
@@ -96,6 +98,78 @@ def test_other_mistakes_are_not_about_dashes(line: str, capsys: pytest.CaptureFi
     assert "goes after --" not in text and text.endswith(f"(see vmrun {line.split()[0]} --help)\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("run -v a:b -- ls", "-v: give --mount HOST:GUEST"),
+        ("run -v/a:/b -- ls", "-v: give --mount HOST:GUEST"),
+        ("run --volume=a:b -- ls", "--volume: give --mount HOST:GUEST"),
+        ("run --rm debian ls -l", "--rm: always so: leave it out"),
+        ("run -it -- sh", "-it: give -t alone: stdin is always passed on"),
+        ("exec -it web sh", "-it: give -t alone: stdin is always passed on"),
+        ("exec web -i -- sh", "-i: stdin is always passed on: leave it out"),
+        ("run -m1G -- ls", "-m: give --mem SIZE"),
+        ("run -d -- ls", "-d: give vmrun boot -d --name NAME, or run --keep DIRECTORY"),
+        ("run --imge x --name y -- ls", "--imge (Possible options: --image"),
+        ("run -p 80:80 -- ls", "-p: nothing comes in from outside, but on a tap: give --net TAP"),
+        ("boot -smp 2", "-smp: give --cpus N"),
+        ("boot -hda x.qcow2", "-hda: give a disk as --disk FILE"),
+        ("boot --nographic", "--nographic: always so: leave it out"),
+    ],
+)
+def test_options_of_docker_and_qemu(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(line.split()) == errors.EXIT_USAGE
+    text = capsys.readouterr().err
+    assert text.startswith(f"vmrun: No such option: {told}") and text.count("\n") == 1
+    assert text.endswith(f"(see vmrun {line.split()[0]} --help)\n")
+
+
+def test_the_commands_own_options_are_not_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["run", "ls", "-i"]) == errors.EXIT_USAGE
+    assert capsys.readouterr().err.endswith(": a command with options goes after --: vmrun run -- ls -i\n")
+
+
+def test_a_disk_without_its_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["boot", "x.qcow2"]) == errors.EXIT_USAGE
+    assert capsys.readouterr().err.endswith("(x.qcow2): give a disk as --disk FILE (see vmrun boot --help)\n")
+    assert cli.run(["boot", "x.qcow2", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("kill web", "give vmrun stop -f NAME"),
+        ("create web", "give vmrun boot"),
+        ("help run", "give vmrun --help or vmrun COMMAND --help"),
+        ("logs -f web", "give vmrun log NAME"),
+    ],
+)
+def test_commands_of_docker(line: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(line.split()) == errors.EXIT_USAGE
+    name = line.split()[0]
+    assert capsys.readouterr().err == f"vmrun: No such command '{name}': {told} (see vmrun --help)\n"
+
+
+def test_hints_name_what_there_is() -> None:
+    files = {name: file for group in app.GROUPS.values() for name, file in group.items()}
+    options = {
+        command: {name for each in parameters(app.load(command, files[command])) for name in each.names}
+        for command in files
+        if not hasattr(app.load(command, files[command]), "COMMANDS")
+    }
+    for command, hints in typer_app.HINTS.items():
+        # What there is needs no hint, and would never get this one.
+        assert not hints.keys() & (options[command] if command else files.keys())
+        for hint in hints.values():
+            words = hint.replace(":", "").replace(",", "").split()
+            known = options.get(command, {"--help", "--version"}) | {"--"}
+            for before, word in zip(["", *words], words, strict=False):
+                if before in ("vmrun", "or") and word in files:
+                    known = known | options.get(word, set())
+                assert before != "vmrun" or word in {*files, "--help", "--version", "COMMAND"}, hint
+                assert not word.startswith("-") or word in known, hint
+
+
 def test_no_images(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["image", "list"]) == 0
     out, err = capsys.readouterr()
@@ -146,7 +220,7 @@ class FakeSandbox:
         raise self.error
 
 
-MISSING = AgentError("copying from /nothing: /nothing: No such file or directory")
+MISSING = CopyError(AgentError("copying from /nothing: /nothing: No such file or directory"))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +228,8 @@ MISSING = AgentError("copying from /nothing: /nothing: No such file or directory
     [
         (MISSING, 0, errors.EXIT_USAGE, True),
         (MISSING, 5, 5, False),
-        (StreamError("the guest sent two trees for one"), 0, errors.EXIT_VMM, True),
+        (CopyError(StreamError("the guest sent two trees for one")), 0, errors.EXIT_VMM, True),
+        (CopyError(StreamError("the guest sent two trees for one")), 5, 5, False),
         (OSError(28, "No space left on device"), 0, errors.EXIT_VMM, True),
         (UserError("the agent in the guest is gone", errors.EXIT_VMM), 0, errors.EXIT_VMM, True),
     ],

@@ -10,10 +10,11 @@ from vmrun.cli.options import (
     MountOption,
     parse_disk,
     parse_mount,
+    parse_net,
     parse_nic,
     split_commas,
 )
-from vmrun.errors import EXIT_USAGE, UserError
+from vmrun.errors import EXIT_IMAGE, EXIT_USAGE, UserError
 from vmrun.machine.config import DiskConfig, Mount, NicConfig
 from vmrun.units import parse_duration, parse_size
 
@@ -52,6 +53,7 @@ def test_nics() -> None:
         ("x.raw,format=vmdk", "one of raw, qcow2"),
         ("x.raw,serial=" + "s" * 21, "at most 20"),
         ("x.raw,serial=ä", "printable ASCII"),
+        ("file=x.qcow2", "leave out file="),
         ("my,disk.raw", "a comma inside a value is written twice"),
     ],
 )
@@ -60,6 +62,26 @@ def test_bad_disks(text: str, message: str) -> None:
         parse_disk(text)
     assert caught.value.code == EXIT_USAGE
     assert "--disk" in str(caught.value)
+
+
+def test_a_directory_is_no_disk(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^--disk {tmp_path}: is a directory, not a disk$") as caught:
+        parse_disk(str(tmp_path))
+    assert caught.value.code == EXIT_IMAGE
+
+
+def test_a_name_may_begin_as_a_key_of_qemus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file=x.raw").touch()
+    assert parse_disk("file=x.raw").path == Path("file=x.raw")
+
+
+@pytest.mark.parametrize("text", ["host", "bridge", "default", "container:x", "bridge,mtu=1400"])
+def test_networks_of_docker(text: str) -> None:
+    with pytest.raises(
+        UserError, match=f"^--net {text}: there is no such network: give none, user, or a tap"
+    ):
+        parse_net(text)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +108,7 @@ def test_bad_nics(text: str, message: str) -> None:
         ("64MiB", 64 << 20),
         ("8192k", 8 << 20),
         ("2mb", 2 << 20),
+        ("0", 0),
     ],
 )
 def test_sizes(text: str, size: int) -> None:

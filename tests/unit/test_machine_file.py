@@ -201,7 +201,7 @@ def test_instances(load: Load) -> None:
         ('[machines."a b"]', "1: machines.\"a b\": 'a b': a machine's name is"),
         ("[machines.a]\nmemory = '1G'", "2: machines.a.memory: unknown key; did you mean mem?"),
         ("[machines.a]\nmem = 128", "2: machines.a.mem: say the unit: 128M?"),
-        ("[machines.a]\nmem = '1M'", "2: machines.a.mem: 1048576 bytes is not"),
+        ("[machines.a]\nmem = '1M'", "2: machines.a.mem: give at least 2M"),
         ("[machines.a]\nmem = '9999T'", "2: machines.a.mem: more memory than this host has"),
         ("[machines.a]\ncpus = 65", "2: machines.a.cpus: give 1 to 64"),
         ("[machines.a]\ncpus = true", "2: machines.a.cpus: give a whole number"),

@@ -74,6 +74,10 @@ class Totals:
         else:
             self._more += 1
 
+    def __repr__(self) -> str:
+        left_out = len(self._left_out) + self._more
+        return f"<Totals {self.entries} entries, {self.bytes} bytes, {left_out} left out>"
+
 
 def base_name(path: str) -> str:
     return os.path.basename(os.path.normpath(path)) or "root"

@@ -1,11 +1,12 @@
 """`vmrun exec`, `shell` and `cp`: into a machine that runs, through the agent in its guest. User side."""
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 from vmrun.cli.declare import Argument, Option
-from vmrun.errors import EXIT_TIMEOUT, EXIT_VMM, UserError
+from vmrun.errors import EXIT_TIMEOUT, EXIT_USAGE, EXIT_VMM, UserError
 
 if TYPE_CHECKING:
     from vmrun.agent.session import AgentSession
@@ -91,13 +92,15 @@ def cp(
     from threading import Timer
 
     from vmrun import units
-    from vmrun.agent.files import Limits
-    from vmrun.agent.protocol import AgentError
+    from vmrun.agent.files import Limits, StreamError
+    from vmrun.agent.protocol import AgentError, AgentGone
 
     seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
     there, here = _machine_path(source), _machine_path(target)
     if (there is None) == (here is None):
         raise UserError(f"cp {source} {target}: give one of the two as NAME:PATH, a path in a machine")
+    if here is not None and not os.path.lexists(source):
+        raise UserError(f"{source}: there is no such file or directory")
     name, path = there or here or ("", "")
     deadline = _deadline(seconds)
     with _session(name, seconds, deadline) as session:
@@ -111,7 +114,9 @@ def cp(
         except AgentError as error:
             if time.monotonic() >= deadline:
                 raise _timed_out(seconds) from None
-            raise UserError(str(error), EXIT_VMM) from None
+            # A guest that refuses was asked for what is not there, or cannot be: its user's mistake.
+            broken = isinstance(error, AgentGone | StreamError)
+            raise UserError(str(error), EXIT_VMM if broken else EXIT_USAGE) from None
         finally:
             clock.cancel()
     for left_out in totals.left_out:

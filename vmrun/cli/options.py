@@ -35,6 +35,7 @@ NIC_KEYS: Keys = {
     "allow-private": False,
 }
 USER_CARD = "user"  # in the place of a tap's name
+NETWORKS_OF_DOCKER = ("host", "bridge", "default", "container")
 
 
 def split_commas(text: str) -> list[str]:
@@ -99,6 +100,8 @@ def parse_disk(text: str) -> DiskConfig:
     path, keys = parse_keys("--disk", text, DISK_KEYS)
     if not path:
         raise UserError(f"--disk {text!r}: give the path of a disk image, as in --disk x.qcow2,ro")
+    if path.startswith("file=") and not os.path.lexists(path):
+        raise UserError(f"--disk {text}: leave out file=: the path comes first, as in --disk x.qcow2,ro")
     serial = keys.get("serial", "")
     if len(serial) > SERIAL_SIZE or not serial.isascii() or not serial.isprintable():
         raise UserError(f"--disk {text}: serial is at most {SERIAL_SIZE} printable ASCII characters")
@@ -158,8 +161,10 @@ def parse_net(
     text: str | None, allow_host: Sequence[str] = (), allow_private: bool = False
 ) -> tuple[NicConfig, ...]:
     """The cards of `--net none|user|NIC`, with `--allow-host` (repeatable) and `--allow-private`, which are
-    for "user".
+    for "user". No tap is made by the name of a network that docker has, which is not what was meant.
     """
+    if text is not None and text.partition(",")[0].partition(":")[0] in NETWORKS_OF_DOCKER:
+        raise UserError(f"--net {text}: there is no such network: give none, user, or a tap by another name")
     cards = () if text is None or text == "none" else (parse_nic(text),)
     if not allow_host and not allow_private:
         return cards

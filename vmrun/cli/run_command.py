@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from vmrun.cli.declare import Argument, Option
-from vmrun.errors import EXIT_VMM, UserError
+from vmrun.errors import EXIT_IMAGE, EXIT_USAGE, EXIT_VMM, UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 CONSOLE_LINES = 20  # are shown of a machine that ended unasked
+DEFAULT_IMAGE = "kit"
+LEAST_QUOTA = 1 << 20  # an overlay takes some of it before the guest has written anything
 
 
 def run(
@@ -29,7 +31,7 @@ def run(
     image: Annotated[
         str,
         Option(metavar="IMAGE", help="A directory, disk, OCI layout or tar; kit is the guest kit's root."),
-    ] = "kit",
+    ] = DEFAULT_IMAGE,
     kernel: Annotated[
         list[Path] | None,
         Option(
@@ -137,7 +139,13 @@ def run(
         seconds = units.parse_duration("--timeout", timeout) if timeout is not None else None
         ins = [_present(*options.parse_pair("--copy-in", text)) for text in copy_in or ()]
         outs = [options.parse_pair("--copy-out", text) for text in copy_out or ()]
+        _check_places(keep, timeline, [host for _, host in outs])
+        if keep is not None and mount:
+            raise UserError("--keep: a machine with --mount cannot be saved: leave out one of the two")
         memory = units.parse_memory("--mem", mem)
+        room = units.parse_size("--quota", quota)
+        if room < LEAST_QUOTA:
+            raise UserError(f"--quota {quota}: give at least {LEAST_QUOTA >> 20}M")
         disks = [options.parse_disk(text) for text in disk or ()]
         deadline = float("inf")
 
@@ -157,7 +165,7 @@ def run(
                 disks=disks,
                 nics=options.parse_net(net, allow_host or (), allow_private),
                 mounts=_directories(mount or []),
-                quota=units.parse_size("--quota", quota),
+                quota=room,
                 confined=keep is None,
                 timeout=seconds,
                 fresh=fresh,
@@ -166,7 +174,8 @@ def run(
                 start=start,
             )
         made.append(sandbox)
-        return _use(sandbox, wanted, ins, outs, keep, deadline, seconds)
+        outcome = _use(sandbox, wanted, ins, outs, keep, deadline, seconds)
+        return _hinted(outcome, wanted) if image == DEFAULT_IMAGE else outcome
 
     outcome = Outcome(EXIT_INTERRUPTED, "interrupted", own=True)
     try:
@@ -178,7 +187,8 @@ def run(
                 sandbox.close()
     if outcome.own or not outcome.started:
         _tell(outcome.reason)
-    if timeline is not None:
+    # What was refused at once has no phases, and perhaps no place for a picture either.
+    if timeline is not None and phases.list:
         timeline.write_text(report.timeline(phases))
         print(report.table(phases), file=sys.stderr)
     if json:
@@ -223,10 +233,9 @@ def _use(
     deadline: float,
     timeout: float | None,
 ) -> "Outcome":
-    from vmrun.agent.files import StreamError
-    from vmrun.agent.protocol import AgentError
     from vmrun.control.client import MachineClient
     from vmrun.run import command
+    from vmrun.run.sandbox import CopyError
 
     phases = sandbox.phases
     for host, guest in ins:
@@ -240,12 +249,9 @@ def _use(
         try:
             with phases.phase("copy out"):
                 _tell_left_out(sandbox.copy_out(guest, host).left_out)
-        except (AgentError, OSError) as error:
+        except (CopyError, OSError) as error:
             if not outcome.code:
-                if isinstance(error, OSError | StreamError):
-                    raise
-                # The guest's own answer: what was named is not there, or is nothing to copy.
-                raise UserError(str(error)) from None
+                raise
             # Why the command failed is why its file is not there.
             _tell(str(error))
     if keep is not None:
@@ -258,6 +264,48 @@ def _present(host: str, guest: str) -> tuple[str, str]:
     if not os.path.lexists(host):
         raise UserError(f"--copy-in: {host}: there is no such file or directory")
     return host, guest
+
+
+def _check_places(keep: Path | None, timeline: Path | None, copies: list[str]) -> None:
+    """UserError where what is written after the command could not be. Whoever writes looks again: by then the
+    place may have gone.
+    """
+    if keep is not None:
+        if os.path.lexists(keep):
+            raise UserError(
+                f"--keep {keep}: is there already, and is not overwritten: remove it first", EXIT_IMAGE
+            )
+        _check_writable(f"--keep {keep}", os.fspath(keep.parent), EXIT_IMAGE)
+    if timeline is not None:
+        if os.path.isdir(timeline):
+            raise UserError(f"--timeline {timeline}: is a directory: give a file")
+        if not os.path.exists(timeline):
+            _check_writable(f"--timeline {timeline}", os.fspath(timeline.parent))
+        elif not os.access(timeline, os.W_OK):
+            raise UserError(f"--timeline {timeline}: you may not write to it")
+    for host in copies:
+        place = host if os.path.isdir(host) else os.path.dirname(host) or "."
+        while not os.path.lexists(place):  # directories on the way to a copy are made
+            place = os.path.dirname(place) or "."
+        _check_writable(f"--copy-out to {host}", place)
+
+
+def _check_writable(what: str, directory: str, code: int = EXIT_USAGE) -> None:
+    if not os.path.isdir(directory):
+        raise UserError(f"{what}: there is no directory {directory}", code)
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"{what}: you may not write to {directory}", code)
+
+
+def _hinted(outcome: "Outcome", wanted: "Command") -> "Outcome":
+    """With a hint to who gave an image as docker takes it, and got it looked for as a program."""
+    from dataclasses import replace
+
+    from vmrun.agent.protocol import EXIT_NOT_FOUND
+
+    if outcome.started or outcome.code != EXIT_NOT_FOUND or "/" in "".join(wanted.argv[:1]):
+        return outcome
+    return replace(outcome, reason=f"{outcome.reason}; images are given with --image")
 
 
 def _tell_left_out(names: list[str]) -> None:

@@ -25,6 +25,53 @@ HELP = """Run commands and whole disks in virtual machines of their own, on Linu
 # the base class of what is wrong with a command line.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
+# What people type who know docker or QEMU, and what says the same here: of that the nearest spelling knows
+# nothing (--mem for --volume). "" are the commands; of a command, "" is an argument that it does not take.
+PROCESSORS_AND_MEMORY = {
+    **dict.fromkeys(("-m", "--memory"), "give --mem SIZE"),
+    **dict.fromkeys(("-c", "-smp", "--smp"), "give --cpus N"),
+}
+RUN_IN_A_GUEST = {
+    **dict.fromkeys(("-it", "-ti"), "give -t alone: stdin is always passed on"),
+    **dict.fromkeys(("-i", "--interactive"), "stdin is always passed on: leave it out; -t gives a terminal"),
+    "--privileged": "the machine is the command's own: leave it out",
+}
+HINTS: dict[str, dict[str, str]] = {
+    "": {
+        "attach": "give vmrun console NAME",
+        "create": "give vmrun boot",
+        "help": "give vmrun --help or vmrun COMMAND --help",
+        "images": "give vmrun image list",
+        "kill": "give vmrun stop -f NAME",
+        "list": "give vmrun ps",
+        "logs": "give vmrun log NAME",
+        "ls": "give vmrun ps",
+        "rm": "give vmrun stop NAME: of a machine that has ended nothing is left to remove",
+        "ssh": "give vmrun shell NAME",
+        "start": "give vmrun boot",
+        "stats": "give vmrun top",
+        "version": "give vmrun --version",
+    },
+    "run": {
+        **PROCESSORS_AND_MEMORY,
+        **RUN_IN_A_GUEST,
+        **dict.fromkeys(("-v", "--volume"), "give --mount HOST:GUEST"),
+        **dict.fromkeys(
+            ("-d", "--detach", "--name"), "give vmrun boot -d --name NAME, or run --keep DIRECTORY to save it"
+        ),
+        **dict.fromkeys(("-p", "--publish"), "nothing comes in from outside, but on a tap: give --net TAP"),
+        "--entrypoint": "give the program behind --",
+        "--read-only": "what is written to the root is thrown away: leave it out",
+        "--rm": "always so: leave it out",
+    },
+    "exec": RUN_IN_A_GUEST,
+    "boot": {
+        **PROCESSORS_AND_MEMORY,
+        **dict.fromkeys(("", "-hda", "-drive"), "give a disk as --disk FILE"),
+        **dict.fromkeys(("-nographic", "--nographic"), "always so: leave it out"),
+    },
+}
+
 
 class OneCommand(typer.core.TyperCommand):
     """A command whose errors say where its help is, and whose options are given once if they hold one value:
@@ -48,30 +95,50 @@ class OneCommand(typer.core.TyperCommand):
         return [*self.get_params(ctx)]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        meant = self._with_dashes(ctx, args)
+        own = self._own(ctx, args)
+        left: list[str] = []
         try:
-            given: list[Any] = [*self.make_parser(ctx).parse_args(args=list(args))[2]]
+            _, left, order = self.make_parser(ctx).parse_args(args=list(args))
+            given: list[Any] = [*order]
             for index, what in enumerate(given):
                 single = what.param_type_name == "option" and not what.multiple and not what.is_flag
                 if single and what in given[:index]:
                     raise UserError(f"{what.opts[0]} may be given once (see {ctx.command_path} --help)")
             return super().parse_args(ctx, args)
         except ClickException as error:
-            if meant is not None:
+            known = self._known_elsewhere(ctx, error, args[:own], left)
+            if known is not None:
+                raise UserError(f"{known} (see {ctx.command_path} --help)") from None
+            if "--" not in args and any(word.startswith("-") for word in args[own:]):
                 text = _sentence(error)
+                meant = f"{ctx.command_path} {shlex.join([*args[:own], '--', *args[own:]])}"
                 raise UserError(f"{text}: a command with options goes after --: {meant}") from None
             if getattr(error, "ctx", None) is None:
                 error.ctx = ctx  # type: ignore[attr-defined]
             raise
 
-    def _with_dashes(self, ctx: Any, args: list[str]) -> str | None:
-        """The command line with the `--` that was left out before a command with options of its own; None
-        when none was.
-        """
+    def _known_elsewhere(self, ctx: Any, error: Any, own: list[str], left: list[str]) -> str | None:
+        """What is wrong with our `own` words, or with what is `left` of them, if HINTS knows better."""
+        hints = HINTS.get(ctx.command_path.removeprefix("vmrun "), {})
+        if left and "" in hints:
+            return f"{_sentence(error)}: {hints['']}"
+        wrong: str = getattr(error, "option_name", "")
+        for word in own if wrong else ():
+            name = word.partition("=")[0]
+            if name.startswith("-") and name not in hints and not name[2:3].isalpha():
+                name = name[:2]  # -p80:80; of a cluster of letters (-hda) the error names one alone
+            if name in hints and wrong.lstrip("-") in name:
+                return f"No such option: {name}: {hints[name]}"
+        return None
+
+    def _own(self, ctx: Any, args: list[str]) -> int:
+        """How many words are our own: those before `--`, or before a command that it was left out of."""
+        if "--" in args:
+            return args.index("--")
         declared = self._parameters(ctx)
         arguments = [each for each in declared if _is_argument(each)]
-        if not arguments or not arguments[-1].metavar.startswith("-- ") or "--" in args:
-            return None
+        if not arguments or not arguments[-1].metavar.startswith("-- "):
+            return len(args)
         takes_value = {
             name for each in declared if each not in arguments and not each.is_flag for name in each.opts
         }
@@ -85,13 +152,17 @@ class OneCommand(typer.core.TyperCommand):
             else:
                 break
             index += 1
-        if not any(word.startswith("-") for word in args[index:]):
-            return None
-        return f"{ctx.command_path} {shlex.join([*args[:index], '--', *args[index:]])}"
+        return index
 
 
 class GroupedCommands(typer.core.TyperGroup):
-    """The list of commands in --help, under the headings of GROUPS."""
+    """The list of commands in --help, under the headings of GROUPS; and what is said of one there is not."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        hint = HINTS[""].get(args[0])
+        if hint is not None:
+            raise UserError(f"No such command {args[0]!r}: {hint} (see vmrun --help)")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         width = max(len(name) for name in self.list_commands(ctx))

@@ -46,6 +46,8 @@ def disk_format(path: Path, stated: str | None = None) -> str:
             raise UserError(f"--disk {path}: format={stated}: give one of {', '.join(FORMATS)}")
         return stated
     found = SUFFIXES.get(path.suffix.lower())
+    if found is None and path.is_dir():
+        raise UserError(f"--disk {path}: is a directory, not a disk", EXIT_IMAGE)
     if found is None:
         raise UserError(
             f"--disk {path}: the suffix does not tell the format: add ,format=raw or ,format=qcow2"

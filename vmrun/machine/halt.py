@@ -1,9 +1,9 @@
 """Notices a guest that will never do anything again: every processor halts with interrupts off, as Linux does
 when it is to power off and has no ACPI to do that with. VMM process; the methods belong to the main loop.
 
-KVM tells nobody: the vCPU waits in the kernel, in KVM_MP_STATE_HALTED, for an interrupt that it will not take.
-So a machine that has not exited for a while is asked, by a kick for each vCPU, and again from time to time. On
-hardware a non-maskable interrupt could still wake it; here nobody sends one.
+KVM tells nobody: the vCPU waits in the kernel, in KVM_MP_STATE_HALTED, for an interrupt that it will not
+take. So a machine that has not exited for a while is asked, by a kick for each vCPU, and again from time to
+time. On hardware a non-maskable interrupt could still wake it; here nobody sends one.
 """
 
 from collections.abc import Callable, Sequence

@@ -64,7 +64,7 @@ class AsyncSandbox:
         self,
         argv: Sequence[str | bytes],
         *,
-        input: bytes | None = None,
+        input: bytes | str | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from vmrun.agent.files import Limits as CopyLimits
-from vmrun.agent.files import Totals
+from vmrun.agent.files import StreamError, Totals
 from vmrun.agent.process import Capture, Process
-from vmrun.agent.protocol import AgentGone, AgentRefused, ExitStatus, one_line
+from vmrun.agent.protocol import AgentError, AgentGone, AgentRefused, ExitStatus, one_line
 from vmrun.agent.session import MS_RDONLY, AgentSession
 from vmrun.control import runtime, vmm
 from vmrun.control.client import MachineClient
 from vmrun.control.detach import Owned
-from vmrun.errors import EXIT_TIMEOUT, EXIT_VMM, UserError
+from vmrun.errors import EXIT_TIMEOUT, EXIT_USAGE, EXIT_VMM, UserError
 from vmrun.guestkit import cache
 from vmrun.guestkit.progress import Progress, Silent
 from vmrun.host.cgroup import Group, Limits, find_place, machine_limits
@@ -90,6 +90,15 @@ class CommandTimeout(UserError, TimeoutError):
         self.result = result
 
 
+class CopyError(UserError):
+    """What was named could not be copied, which is the guest's answer; or what it sent makes no sense, or is
+    too much. The machine goes on.
+    """
+
+    def __init__(self, error: AgentError) -> None:
+        super().__init__(str(error), EXIT_VMM if isinstance(error, StreamError) else EXIT_USAGE)
+
+
 class Sandbox:
     """A running machine made of `image`, by default the guest kit's root; docs/images.md tells what it may
     be. A context manager.
@@ -134,7 +143,9 @@ class Sandbox:
             found = resolve(spec.image, teller)
             parts = find_parts()
         if fresh or spec.disks:
-            # A template holds the disks it was made with.
+            # A template holds the disks it was made with. A boot takes its time, and `start` may end the
+            # teller: it forks, and a teller may have a thread.
+            teller.step("booting: --disk and --fresh use no template")
             config = replace(machine_config(spec, found, parts), mounts=directories)
             request = vmm.VmmRequest(config=config, confined=confined, name=name, timeout=timeout)
         else:
@@ -254,6 +265,12 @@ class Sandbox:
             code, reason = self._owned.wait()
         return SandboxEnded(code or EXIT_VMM, reason, self.console())
 
+    def _copy(self, do: Callable[[], Totals]) -> Totals:
+        try:
+            return self._in_guest(do)
+        except AgentError as error:
+            raise CopyError(error) from None
+
     def console(self) -> str:
         """What the guest printed on its console last."""
         return last_words(self.name)
@@ -275,15 +292,15 @@ class Sandbox:
         self,
         argv: Sequence[str | bytes],
         *,
-        input: bytes | None = None,
+        input: bytes | str | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
         timeout: float | None = None,
         limit: int = OUTPUT_LIMIT,
     ) -> Result:
-        """Run a command to its end. `limit` bytes of each of its streams are kept. CommandTimeout after
-        `timeout` seconds; SandboxEnded when the machine ends.
+        """Run a command to its end. It gets `input`, text as UTF-8. `limit` bytes of each of its streams are
+        kept. CommandTimeout after `timeout` seconds; SandboxEnded when the machine ends.
         """
         with self.start(argv, input=input, env=env, cwd=cwd, user=user, limit=limit) as running:
             return running.result(timeout)
@@ -292,7 +309,7 @@ class Sandbox:
         self,
         argv: Sequence[str | bytes],
         *,
-        input: bytes | None = None,
+        input: bytes | str | None = None,
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         user: str | None = None,
@@ -309,13 +326,16 @@ class Sandbox:
         cwd: str | None = None,
         user: str | None = None,
         tty: tuple[int, int] | None = None,
-        stdin: "Source" = None,
+        stdin: "Source | str" = None,
         stdout: "Sink" = None,
         stderr: "Sink" = None,
     ) -> Process:
         """Start a command, and return when it has started: see `vmrun.agent.session.AgentSession.exec`. What
         the image says of environment, directory and user counts where nothing else is said. AgentRefused when
-        the guest cannot start it."""
+        the guest cannot start it. `stdin` may be text, too."""
+        if not argv:
+            raise UserError("no command: give a list of words")
+        source = stdin.encode() if isinstance(stdin, str) else stdin
         wanted = self.image_config
         return self._in_guest(
             lambda: self._session.exec(
@@ -324,7 +344,7 @@ class Sandbox:
                 cwd=cwd or wanted.workdir or None,
                 user=user or wanted.user or None,
                 tty=tty,
-                stdin=stdin,
+                stdin=source,
                 stdout=stdout,
                 stderr=stderr,
                 timeout=ANSWER_SECONDS,
@@ -338,15 +358,15 @@ class Sandbox:
         return self._in_guest(lambda: process.wait(timeout))
 
     def copy_in(self, host_path: str | Path, guest_path: str) -> Totals:
-        """Copy a file or directory tree into the guest, as `cp -r` does."""
-        return self._in_guest(lambda: self._session.copy_in(os.fspath(host_path), guest_path))
+        """Copy a file or directory tree into the guest, as `cp -r` does. Raises UserError and OSError."""
+        return self._copy(lambda: self._session.copy_in(os.fspath(host_path), guest_path))
 
     def copy_out(self, guest_path: str, host_path: str | Path, *, limit: int = DEFAULT_QUOTA) -> Totals:
         """Copy a file or directory tree out of the guest, `limit` bytes at most: no link of the guest's leads
-        out of `host_path`.
+        out of `host_path`. Raises UserError and OSError.
         """
         limits = CopyLimits(bytes=limit)
-        return self._in_guest(lambda: self._session.copy_out(guest_path, os.fspath(host_path), limits=limits))
+        return self._copy(lambda: self._session.copy_out(guest_path, os.fspath(host_path), limits=limits))
 
     def fork(self) -> "Sandbox":
         """Another sandbox in the state of this one, memory, disk and all, but for what `exec` runs: the
@@ -429,7 +449,7 @@ class Running:
         self,
         sandbox: Sandbox,
         argv: Sequence[str | bytes],
-        input: bytes | None,
+        input: bytes | str | None,
         env: Mapping[str, str] | None,
         cwd: str | None,
         user: str | None,
