@@ -79,7 +79,7 @@ def _tagged(kind: str, rest: str) -> Source:
 
 
 def _archive_kind(path: Path, limits: Limits) -> str:
-    """ "docker" or "tar", by the name of its first entry; `tar -C X .` begins with a directory without one."""
+    """ "docker" or "tar", by its first entry with a name; `tar -C X .` begins with one that has none."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         source = Decompressed(FileSlice(fd, 0, os.fstat(fd).st_size), f"image {path}", limits)
