@@ -100,6 +100,7 @@ def test_what_users_get_wrong(
         (EXIT_USAGE, "cut off", "resize x.qcow2 1M"),
         (EXIT_USAGE, "say the unit", "resize x.qcow2 1"),
         (EXIT_IMAGE, "is a directory", "map --format raw ."),
+        (EXIT_IMAGE, "is a directory", "info ."),
     ):
         expect(code, text, capsys, *words.split())
     assert sorted(os.listdir(tmp_path)) == ["link.qcow2", "x.qcow2", "x.raw"]

@@ -21,6 +21,8 @@ def image_format(path: Path, stated: str | None, option: str = "--format") -> st
             raise UserError(f"{option} {stated}: give one of {', '.join(FORMATS)}")
         return stated
     found = SUFFIXES.get(path.suffix.lower())
+    if found is None and path.is_dir():
+        raise UserError(f"{path}: is a directory, not a disk", EXIT_IMAGE)
     if found is None:
         raise UserError(f"{path}: the suffix does not tell the format: add {option} raw or {option} qcow2")
     return found
