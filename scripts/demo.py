@@ -105,7 +105,10 @@ def main() -> int:
     }
     for what, good in results.items():
         say(f"{'ok  ' if good else 'FAIL'} {what}")
-    return 0 if all(results.values()) else 1
+    if not all(results.values()):
+        return 1
+    say("try it: .venv/bin/vmrun run -- uname -a")
+    return 0
 
 
 if __name__ == "__main__":
