@@ -191,7 +191,7 @@ def test_time_is_up(nothing_left: None) -> None:
 def hanging(tmp_path: Path) -> Path:
     """A kernel that never does anything."""
     kernel = tmp_path / "hang"
-    (tmp_path / "hang.s").write_text(".global _start\n_start:\nhlt\njmp _start\n")
+    (tmp_path / "hang.s").write_text(".global _start\n_start:\nsti\nhlt\njmp _start\n")
     subprocess.run(["as", "-o", "hang.o", "hang.s"], cwd=tmp_path, check=True)
     subprocess.run(["ld", "-N", "-Ttext=0x100000", "-o", kernel, "hang.o"], cwd=tmp_path, check=True)
     return kernel
